@@ -1,0 +1,50 @@
+"""Retrofit pixel-wise attentional gating onto pretrained convolutional networks."""
+
+from pag_retrofit.annealing import Annealer
+from pag_retrofit.calibration import calibrate, set_budget
+from pag_retrofit.config import GateConfig, RetrofitConfig
+from pag_retrofit.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    NoSitesError,
+    PagError,
+    RecipeError,
+    TrainingError,
+)
+from pag_retrofit.gates import gate_parameters
+from pag_retrofit.io import ModelSpec, from_pretrained, load_file, save_file, save_pretrained
+from pag_retrofit.losses import expected_fraction, sparsity_loss
+from pag_retrofit.measurement import Measurement, measure, override_gates
+from pag_retrofit.planning import Plan, plan
+from pag_retrofit.surgery import remove, retrofit
+
+__all__ = [
+    "Annealer",
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "GateConfig",
+    "Measurement",
+    "ModelSpec",
+    "NoSitesError",
+    "PagError",
+    "Plan",
+    "RecipeError",
+    "RetrofitConfig",
+    "TrainingError",
+    "calibrate",
+    "expected_fraction",
+    "from_pretrained",
+    "gate_parameters",
+    "load_file",
+    "measure",
+    "override_gates",
+    "plan",
+    "remove",
+    "retrofit",
+    "save_file",
+    "save_pretrained",
+    "set_budget",
+    "sparsity_loss",
+]

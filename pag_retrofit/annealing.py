@@ -1,0 +1,85 @@
+"""Annealing: the compute target falls from 1 to the budget, the temperature to almost zero."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.gates import named_gates, state_of
+
+
+class Annealer:
+    """Moves `rho` (the target compute fraction) and the gates' temperature as training goes on.
+
+    Both follow a cosine over the first `ramp` of the steps and then stay. The temperature is
+    that of the straight-through gradient (`sample_mask`).
+
+    Args:
+        gated: A gated network.
+        total_steps: Optimiser steps of the whole training.
+        ramp: Fraction of the steps after which the targets are reached, in (0, 1].
+        temperature: (first, last), both > 0.
+        budget: Compute fraction to end at; default the budget of the retrofit.
+
+    Raises:
+        PagError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        gated: nn.Module,
+        total_steps: int,
+        *,
+        ramp: float = 0.5,
+        temperature: tuple[float, float] = (1.0, 0.1),
+        budget: float | None = None,
+    ):
+        """Start at rho = 1."""
+        self.state = state_of(gated)
+        self.gates = [gate for _, gate in named_gates(gated)]
+        if total_steps < 1 or not 0 < ramp <= 1 or min(temperature) <= 0:
+            raise PagError(
+                f"total_steps={total_steps!r}, ramp={ramp!r}, temperature={temperature!r}: "
+                "expected at least one step, a ramp in (0, 1] and temperatures above zero"
+            )
+        self.budget = self.state.budget if budget is None else budget
+        self.ramp_steps = max(1, round(total_steps * ramp))
+        self.temperature = temperature
+        self.steps = 0
+        self._apply()
+
+    @property
+    def rho(self) -> float:
+        """Target compute fraction now."""
+        return self._between(1.0, self.budget)
+
+    @property
+    def tau(self) -> float:
+        """Temperature now."""
+        return self._between(*self.temperature)
+
+    def step(self) -> None:
+        """Go one optimiser step further."""
+        self.steps += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a training was."""
+        self.steps = int(state["steps"])
+        self._apply()
+
+    def _between(self, first: float, last: float) -> float:
+        progress = min(1.0, self.steps / self.ramp_steps)
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _apply(self) -> None:
+        self.state.rho = self.rho
+        for gate in self.gates:
+            gate.temperature.fill_(self.tau)

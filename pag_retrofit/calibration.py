@@ -1,0 +1,120 @@
+"""Calibration: logit offsets that make the measured compute fraction equal a budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pag_retrofit.errors import BudgetError, PagError
+from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.measurement import measure
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.005
+"""A calibrated fraction further from its budget than this (0.5 points) is warned about."""
+
+
+def calibrate(
+    gated: nn.Module, batches: Iterable[Tensor], budgets: Sequence[float] | None = None
+) -> dict[float, float]:
+    """Find, per budget, the offset added to every gate's logit that meets it on given images.
+
+    One offset for all gates acts as a price per pixel: gates whose decision is clear keep it.
+    It is found by bisection on the measured fraction, which later gates' inputs depend on
+    earlier masks for. Each budget becomes an operating point of the network, saved with it; the
+    last one asked for is set.
+
+    Args:
+        gated: A gated network, trained; evaluated here in evaluation mode.
+        batches: Input tensors (B, C, H, W), prepared as for evaluation; kept in memory.
+        budgets: Compute fractions; default the budget of the retrofit.
+
+    Returns:
+        Budget -> fraction measured on the batches. One that is more than 0.5 points off is
+        logged as a warning (gates that were never trained cannot tell pixels apart).
+
+    Raises:
+        BudgetError: A budget is not in (0, 1] or below the floor.
+        PagError: There is no batch, or the network is not gated.
+    """
+    state = state_of(gated)
+    budgets = [state.budget] if budgets is None else list(budgets)
+    for budget in budgets:
+        if not 0 < budget <= 1 or budget < state.floor:
+            raise BudgetError(
+                f"budgets contains {budget!r}: expected fractions from the floor "
+                f"{state.floor:.3f} to 1"
+            )
+    images = [batch.detach() for batch in batches]
+    if not images or not budgets:
+        raise PagError("batches or budgets is empty: expected at least one of each")
+    training = gated.training
+    gated.eval()
+    reached = {}
+    for budget in budgets:
+        offset, fraction = _search(gated, images, budget)
+        state.operating_points[float(budget)] = offset
+        reached[float(budget)] = fraction
+        if abs(fraction - budget) > TOLERANCE:
+            logger.warning(
+                "calibrated to %.3f of the compute instead of %.3f: the gates do not tell enough "
+                "pixels apart; train them longer",
+                fraction,
+                budget,
+            )
+    set_budget(gated, budgets[-1])
+    gated.train(training)
+    return reached
+
+
+def set_budget(gated: nn.Module, budget: float) -> None:
+    """Switch a calibrated network to another compute budget.
+
+    Args:
+        gated: A gated network.
+        budget: One of its operating points.
+
+    Raises:
+        BudgetError: The network was not calibrated for the budget.
+    """
+    state = state_of(gated)
+    if budget not in state.operating_points:
+        raise BudgetError(
+            f"budget={budget!r}: calibrated budgets are {sorted(state.operating_points)}; run "
+            "calibrate(gated, batches, budgets=...) for others"
+        )
+    state.active_budget = float(budget)
+    _set_offset(gated, state.operating_points[budget])
+
+
+def _search(gated: nn.Module, images: list[Tensor], budget: float) -> tuple[float, float]:
+    """Bisect the offset; return the closest one tried and its fraction."""
+    low, high = -8.0, 8.0
+    tried = {0.0: _fraction(gated, images, 0.0)}
+    middle = 0.0
+    for _ in range(16):
+        if abs(tried[middle] - budget) < TOLERANCE / 10:
+            break
+        low, high = (middle, high) if tried[middle] < budget else (low, middle)
+        middle = (low + high) / 2
+        tried[middle] = _fraction(gated, images, middle)
+    best = min(tried, key=lambda offset: (abs(tried[offset] - budget), abs(offset)))
+    return best, tried[best]
+
+
+@torch.no_grad()
+def _fraction(gated: nn.Module, images: list[Tensor], offset: float) -> float:
+    _set_offset(gated, offset)
+    with measure(gated) as measured:
+        for batch in images:
+            gated(batch)
+    return measured.fraction
+
+
+def _set_offset(gated: nn.Module, offset: float) -> None:
+    for _, gate in named_gates(gated):
+        gate.offset.fill_(offset)

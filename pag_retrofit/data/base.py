@@ -1,0 +1,47 @@
+"""What every data set of the package has in common: the form of a sample, and a base class."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Sample = dict[str, Tensor]
+"""One item, channels first: `image` (3, H, W) float32 in [0, 1] and `label` (H, W) int64, and
+where the data has them `depth` (1, H, W) float32 in metres, `normals` (3, H, W) float32 of unit
+length in the camera frame, and `boundary` (1, H, W) float32 in {0, 1}."""
+
+IGNORE_INDEX = 255
+"""Label of pixels that belong to no class: they count in no loss and in no metric."""
+
+
+class PixelDataset(Dataset[Sample]):
+    """A map-style data set of images with per-pixel targets.
+
+    Attributes:
+        classes: Class names; the label value is the position in this tuple.
+        palette: Display colours, (num_classes, 3) uint8 RGB.
+        ignore_index: Label of void pixels.
+    """
+
+    classes: tuple[str, ...]
+    palette: np.ndarray
+    ignore_index: int = IGNORE_INDEX
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        raise NotImplementedError
+
+    def _position(self, index: int) -> int:
+        """Turns an index, negative ones counting from the end, into 0..len-1.
+
+        Raises:
+            IndexError: If the index is out of range; this also ends plain iteration.
+        """
+        size = len(self)
+        position = operator.index(index)
+        if not -size <= position < size:
+            raise IndexError(f"index {position} is out of range for a data set of {size} samples")
+        return position % size

@@ -1,0 +1,176 @@
+"""The maths of pixel-wise attentional gating, as functions of tensors. Shapes are NCHW."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from pag_retrofit.errors import PagError
+
+PATTERNS = ("blobs", "random", "rows", "all", "none")
+
+
+def _traced_as_call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a function one node of any fx graph, also when a gated network is traced again."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Tensor:
+        proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
+        if proxy is None:
+            return function(*args)
+        return proxy.tracer.create_proxy("call_function", wrapper, args, {})  # type: ignore
+
+    return wrapper
+
+
+class Window(NamedTuple):
+    """What one output pixel of a convolution or pooling reads, as (vertical, horizontal) pairs."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]  # at the top and at the left
+
+
+def sample_mask(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Draw a hard mask with a straight-through gradient.
+
+    The hard Gumbel-softmax of two classes (Jang et al., arXiv 1611.01144; Kong & Fowlkes,
+    section 3) depends on the difference of the two logits alone, and the difference of two
+    Gumbel variables is logistic: P(mask = 1) = sigmoid(logits).
+
+    Args:
+        logits: Compute minus skip, any shape.
+        temperature: Of the relaxation that the gradient goes through, > 0.
+
+    Returns:
+        Exactly 0 or 1, of the shape and dtype of `logits`.
+    """
+    uniform = torch.rand_like(logits, dtype=torch.float32)
+    uniform = uniform.clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+    noise = uniform.log() - torch.log1p(-uniform)
+    soft = torch.sigmoid((logits + noise) / temperature)
+    hard = (soft >= 0.5).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly zero
+
+
+def bernoulli_kl(target: Tensor | float, probability: Tensor) -> Tensor:
+    """KL(Bernoulli(target) || Bernoulli(probability)), elementwise, in nats.
+
+    The paper's sparsity loss (Kong & Fowlkes, section 3). Both sides are kept 1e-6 away from
+    0 and 1.
+    """
+    q = probability.clamp(1e-6, 1 - 1e-6)
+    p = torch.as_tensor(target, dtype=q.dtype, device=q.device).clamp(1e-6, 1 - 1e-6)
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """Which input pixels a window operation reads to compute the output pixels of a mask.
+
+    Args:
+        mask: (B, 1, h, w), non-negative; hard, or soft (then the largest value that needs a
+            pixel is taken).
+        window: Of the operation.
+        size: (H, W) of its input.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    if window.stride != (1, 1):
+        dot = mask.new_ones(1, 1, 1, 1)
+        mask = F.conv_transpose2d(mask, dot, stride=window.stride)  # zeros between the pixels
+    borders: list[int] = []
+    for axis in (1, 0):  # F.pad starts with the last axis
+        reach = (window.kernel[axis] - 1) * window.dilation[axis]
+        before = reach - window.padding[axis]
+        borders += [before, size[axis] + reach - before - mask.shape[2 + axis]]
+    mask = F.pad(mask, borders)
+    if window.kernel == (1, 1):
+        return mask
+    return F.max_pool2d(mask, window.kernel, stride=1, dilation=window.dilation)
+
+
+@_traced_as_call
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero the closed pixels of `x` (B, C, H, W); `mask` is (B, 1, H, W)."""
+    return x * mask.to(x.dtype)
+
+
+@_traced_as_call
+def mix(active: Tensor, bypass: Tensor, mask: Tensor) -> Tensor:
+    """Take `active` at open pixels and `bypass` at closed ones; the mask gets a gradient."""
+    if not mask.requires_grad:
+        return torch.where(mask > 0, active, bypass)
+    mask = mask.to(active.dtype)
+    return mask * active + (1 - mask) * bypass
+
+
+@_traced_as_call
+def mask_pool_input(x: Tensor, mask: Tensor) -> Tensor:
+    """Prepare `x` for a global mean over computed pixels only; see `renormalize_pool`."""
+    return apply_mask(x, mask.detach())
+
+
+@_traced_as_call
+def renormalize_pool(pooled: Tensor, mask: Tensor) -> Tensor:
+    """Turn the mean over all pixels of a masked map into the mean over its open pixels.
+
+    With every pixel open this divides by exactly one. With none open the result is zero.
+
+    Args:
+        pooled: (B, C), (B, C, 1) or (B, C, 1, 1).
+        mask: (B, 1, H, W).
+    """
+    share = mask.detach().float().mean((1, 2, 3)).reshape(-1, *([1] * (pooled.dim() - 1)))
+    smallest = 1 / (mask.shape[2] * mask.shape[3])
+    return (pooled / share.clamp_min(smallest)).to(pooled.dtype)
+
+
+@_traced_as_call
+def subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Keep every stride-th pixel of `x` (B, C, H, W)."""
+    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+
+
+def pattern_mask(pattern: str, density: float, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """A made-up mask with exactly `round(density * H * W)` open pixels per image.
+
+    Args:
+        pattern: `"blobs"` (smooth regions, at the same place of the image at any resolution),
+            `"random"` pixels, `"rows"` (whole rows, the last one maybe cut), `"all"`, `"none"`.
+        density: Fraction of open pixels, in [0, 1]; not looked at for `"all"` and `"none"`.
+        shape: (B, H, W).
+        seed: The same seed and shape give the same mask.
+
+    Returns:
+        (B, 1, H, W), float32, on the CPU.
+
+    Raises:
+        PagError: The pattern is unknown or the density is not a fraction.
+    """
+    if pattern not in PATTERNS:
+        raise PagError(f"pattern={pattern!r}: expected one of {PATTERNS}")
+    if not 0 <= density <= 1:
+        raise PagError(f"density={density!r}: expected a fraction in [0, 1]")
+    batch, height, width = shape
+    if pattern in ("all", "none"):
+        return torch.full((batch, 1, height, width), float(pattern == "all"))
+    generator = torch.Generator().manual_seed(seed)
+    if pattern == "random":
+        score = torch.rand(batch, height * width, generator=generator)
+    elif pattern == "rows":
+        order = torch.rand(batch, height, generator=generator).argsort().argsort()
+        score = (order[:, :, None] - torch.arange(width) / width).flatten(1)
+    else:
+        coarse = torch.randn(batch, 1, 9, 12, generator=generator)
+        score = F.interpolate(coarse, (height, width), mode="bicubic").flatten(1)
+    count = round(density * height * width)
+    mask = torch.zeros(batch, height * width)
+    mask.scatter_(1, score.argsort(dim=1, descending=True, stable=True)[:, :count], 1.0)
+    return mask.reshape(batch, 1, height, width)

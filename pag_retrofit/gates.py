@@ -1,0 +1,184 @@
+"""The gate: each pixel decides whether a site computes it, and the state that gates share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.cost import SiteCost
+from pag_retrofit.errors import PagError
+from pag_retrofit.functional import mix, pattern_mask, sample_mask
+
+
+@dataclass(frozen=True)
+class MaskOverride:
+    """A made-up mask in place of a gate's own decision; see `override_gates`."""
+
+    density: float
+    pattern: str
+    seed: int
+
+
+class PixelGate(nn.Module):
+    """Per-pixel decision whether to compute (Kong & Fowlkes, WACV 2019, section 3).
+
+    A 1x1 convolution on the site's input gives, per output pixel of the site, the logit of
+    computing minus that of skipping; a softmax over two classes depends on nothing else. In
+    training the mask is drawn (`sample_mask`); in evaluation a pixel is open where
+    logit + offset >= 0. Weights start at zero, so a new gate is open for any input.
+
+    Args:
+        channels: Of the site's input.
+        cost: What the site costs as a function of the mask.
+        site: Name of the site, as in the plan.
+        initial_probability: Of computing a pixel, before training.
+    """
+
+    temperature: Tensor
+    offset: Tensor
+
+    def __init__(
+        self, channels: int, cost: SiteCost, *, site: str = "", initial_probability: float = 0.99
+    ):
+        """Build an open gate."""
+        super().__init__()
+        self.cost = cost
+        self.site = site
+        self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        logit = math.log(initial_probability / (1 - initial_probability))
+        self.bias = nn.Parameter(torch.full((1,), logit))
+        self.register_buffer("temperature", torch.ones(()), persistent=False)
+        self.register_buffer("offset", torch.zeros(()))
+        self.override: MaskOverride | None = None
+        self.last_probability: Tensor | None = None
+        self.last_input_size = (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the site's input (B, C, H, W) to a float32 mask (B, 1, h, w) of zeros and ones."""
+        logits = F.conv2d(x, self.weight, self.bias, stride=self.cost.stride).float() + self.offset
+        if self.override is not None:
+            return self._forced(logits)
+        if not self.training:
+            return (logits >= 0).float()
+        self.last_probability = torch.sigmoid(logits)
+        self.last_input_size = (x.shape[2], x.shape[3])
+        return sample_mask(logits, self.temperature)
+
+    def _forced(self, logits: Tensor) -> Tensor:
+        assert self.override is not None
+        batch, _, height, width = logits.shape
+        mask = pattern_mask(
+            self.override.pattern, self.override.density, (batch, height, width), self.override.seed
+        )
+        return mask.to(logits.device)
+
+    def extra_repr(self) -> str:
+        """Show the input channels and the stride."""
+        return f"{self.weight.shape[1]}, stride={self.cost.stride}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one forward pass: it cannot be copied."""
+        return {**self.__dict__, "last_probability": None}
+
+
+class GatedConv2d(nn.Conv2d):
+    """A convolution of which each output pixel is computed in full or by a collapsed kernel.
+
+    A closed pixel gets a 1x1 convolution whose kernel starts as the pretrained kernel summed
+    over its taps: exact wherever the input is locally constant. Mixing before the norm and the
+    activation equals mixing after them in evaluation, and lets batch statistics (and group
+    norm) see the map that later layers see. Parameters of the original keep their names.
+    """
+
+    pag_gate: PixelGate
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, gate: PixelGate) -> GatedConv2d:
+        """Gate a convolution; parameters and hooks are shared with it, not copied."""
+        gated = cls.__new__(cls)
+        gated.__dict__.update(conv.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            gated.__dict__[registry] = dict(conv.__dict__[registry])
+        collapsed = conv.weight.detach().sum((2, 3), keepdim=True)
+        gated.register_parameter("pag_bypass_weight", nn.Parameter(collapsed))
+        gated.add_module("pag_gate", gate)
+        return gated
+
+    def to_conv(self) -> nn.Conv2d:
+        """Give the plain convolution back, with the current weights."""
+        conv = nn.Conv2d.__new__(nn.Conv2d)
+        conv.__dict__.update(self.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            kept = {k: v for k, v in self.__dict__[registry].items() if not k.startswith("pag_")}
+            conv.__dict__[registry] = kept
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, C', h, w)."""
+        mask = self.pag_gate(x)
+        full = self._conv_forward(x, self.weight, self.bias)
+        bypass = F.conv2d(
+            x, self.pag_bypass_weight, self.bias, stride=self.stride, groups=self.groups
+        )
+        return mix(full, bypass, mask)
+
+
+@dataclass
+class RetrofitState:
+    """What a gated network knows about its retrofit; the attribute `pag_state` of the network.
+
+    Args:
+        config: Of the retrofit.
+        budget: The compute fraction asked for.
+        example_shape: (B, C, H, W) of the input the plan was made for.
+        total_macs: Of the original network on that input.
+        gateable_share: Of `total_macs` inside sites.
+        floor: Smallest compute fraction the gated network can reach.
+        rho: Compute fraction that the sparsity loss aims at now; moved by `Annealer`.
+        operating_points: Budget -> logit offset of all gates, set by `calibrate`.
+        active_budget: The operating point in use, if one is.
+    """
+
+    config: RetrofitConfig
+    budget: float
+    example_shape: tuple[int, ...]
+    total_macs: int
+    gateable_share: float
+    floor: float
+    rho: float = 1.0
+    operating_points: dict[float, float] = field(default_factory=dict)
+    active_budget: float | None = None
+
+
+def state_of(gated: nn.Module) -> RetrofitState:
+    """The retrofit state of a gated network.
+
+    Raises:
+        PagError: The network is not gated.
+    """
+    state = getattr(gated, "pag_state", None)
+    if not isinstance(state, RetrofitState):
+        raise PagError(
+            f"{type(gated).__name__} is not a gated network: expected what retrofit() or "
+            "load_file() returns (unwrap DistributedDataParallel or torch.compile first)"
+        )
+    return state
+
+
+def named_gates(gated: nn.Module) -> Iterator[tuple[str, PixelGate]]:
+    """Gates with the names of their sites, in the order of the network's modules."""
+    for module in gated.modules():
+        if isinstance(module, PixelGate):
+            yield module.site, module
+
+
+def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:
+    """Parameters of all gates, for a learning rate of their own."""
+    return [parameter for _, gate in named_gates(gated) for parameter in gate.parameters()]

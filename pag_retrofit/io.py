@@ -1,0 +1,375 @@
+"""Saving gated networks as safetensors and JSON, and loading them without running what they say.
+
+A checkpoint names the network by its timm or SMP name and arguments; names are looked up in the
+libraries' own registries, nothing else is ever imported or unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pag_retrofit.calibration import set_budget
+from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.errors import CheckpointError, PagError
+from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.surgery import retrofit
+
+FORMAT = 1
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+METADATA_KEY = "pag_retrofit"
+
+# Arguments that make the libraries fetch or unpickle files.
+_FORBIDDEN = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+_NO_WEIGHTS = {"timm": "pretrained", "smp": "encoder_weights"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a network anew, without weights.
+
+    Args:
+        library: `"timm"` or `"smp"`.
+        name: Of a timm model, or of an SMP architecture such as `"Unet"`.
+        arguments: Keyword arguments, as JSON knows them. Those that would fetch pretrained
+            weights are dropped.
+
+    Raises:
+        CheckpointError: The library or an argument is not allowed.
+    """
+
+    library: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the fields; names are checked by `build`, which imports the library."""
+        if self.library not in _NO_WEIGHTS:
+            raise CheckpointError(f"library={self.library!r}: expected one of {list(_NO_WEIGHTS)}")
+        forbidden = sorted(_FORBIDDEN & set(self.arguments))
+        if forbidden:
+            raise CheckpointError(
+                f"arguments {forbidden} of {self.name} would load other files: leave them out and "
+                "load the weights yourself"
+            )
+        try:
+            plain = json.loads(json.dumps(self.arguments))
+        except TypeError as error:
+            raise CheckpointError(
+                f"arguments of {self.name}: expected values that JSON knows ({error})"
+            ) from error
+        plain.pop(_NO_WEIGHTS[self.library], None)
+        object.__setattr__(self, "arguments", plain)
+
+    def build(self) -> nn.Module:
+        """Build the network with fresh weights and note this specification on it.
+
+        Raises:
+            CheckpointError: The library does not know the name, or refuses the arguments.
+        """
+        build = _timm_builder if self.library == "timm" else _smp_builder
+        try:
+            model = build(self.name)(**self.arguments)
+        except PagError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.library} cannot build {self.name!r} with {self.arguments}: {error}"
+            ) from error
+        return self.attach(model)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Note this specification on a network, so that its checkpoints can name it."""
+        model.pag_spec = self  # type: ignore[assignment]
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {"library": self.library, "name": self.name, "arguments": self.arguments}
+
+
+def _timm_builder(name: str) -> Callable[..., nn.Module]:
+    import timm
+
+    if not timm.is_model(name):
+        raise CheckpointError(f"name={name!r}: timm {timm.__version__} has no such model")
+    return lambda **arguments: timm.create_model(name, pretrained=False, **arguments)
+
+
+def _smp_builder(name: str) -> Callable[..., nn.Module]:
+    import segmentation_models_pytorch as smp
+
+    known = {key.lower(): value for key, value in smp.MODEL_ARCHITECTURES_MAPPING.items()}
+    if name.lower() not in known:
+        names = sorted(architecture.__name__ for architecture in known.values())
+        raise CheckpointError(f"name={name!r}: expected an SMP architecture, one of {names}")
+    architecture: Callable[..., nn.Module] = known[name.lower()]
+    return lambda **arguments: architecture(encoder_weights=None, **arguments)
+
+
+def spec_of(model: nn.Module) -> ModelSpec | None:
+    """The specification noted on a network, or found from what timm or SMP noted on it."""
+    noted = getattr(model, "pag_spec", None)
+    if isinstance(noted, ModelSpec):
+        return noted
+    candidate = _guess_spec(model)
+    if candidate is None:
+        return None
+    try:
+        with torch.device("meta"):
+            rebuilt = candidate.build()
+    except CheckpointError:
+        return None
+    wanted = {k: v.shape for k, v in model.state_dict().items() if not _is_ours(k)}
+    given = {k: v.shape for k, v in rebuilt.state_dict().items()}
+    return candidate if wanted == given and type(rebuilt) is type(model) else None
+
+
+def _guess_spec(model: nn.Module) -> ModelSpec | None:
+    arguments = getattr(model, "_hub_mixin_config", None)
+    try:
+        if arguments is not None and type(model).__module__.startswith("segmentation_models"):
+            return ModelSpec("smp", type(model).__name__, dict(arguments))
+        timm_config = getattr(model, "pretrained_cfg", None)
+        if isinstance(timm_config, dict) and timm_config.get("architecture"):
+            classes = getattr(model, "num_classes", None)
+            known = {} if classes is None else {"num_classes": classes}
+            return ModelSpec("timm", timm_config["architecture"], known)
+    except CheckpointError:
+        return None
+    return None
+
+
+def _is_ours(key: str) -> bool:
+    return any(part.startswith("pag_") for part in key.split("."))
+
+
+def save_pretrained(gated: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write `model.safetensors` and `config.json` into a directory, which is made if missing.
+
+    Raises:
+        PagError: The network is not gated.
+    """
+    description = _describe(gated)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(gated)
+    description["sha256"] = _digest(tensors)
+    _write(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def save_file(gated: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write one safetensors file whose metadata holds everything that `load_file` needs.
+
+    Raises:
+        PagError: The network is not gated.
+    """
+    description = _describe(gated)
+    tensors = _tensors(gated)
+    description["sha256"] = _digest(tensors)
+    text = json.dumps(description, sort_keys=True)
+    _write(Path(path), tensors, {"format": "pt", METADATA_KEY: text})
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str], *, model: nn.Module | None = None
+) -> nn.Module:
+    """Load what `save_pretrained` wrote; outputs are bit-identical to the saved network's.
+
+    Args:
+        directory: With `model.safetensors` and `config.json`.
+        model: The ungated network, for one that neither timm nor SMP can rebuild; it is copied.
+
+    Returns:
+        The gated network in evaluation mode, on the CPU or on the device of `model`.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or tampered with, or belongs to another network.
+    """
+    folder = Path(directory)
+    try:
+        text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: cannot be read ({error}); expected a directory written by "
+            "save_pretrained()"
+        ) from error
+    tensors, _ = _read(folder / WEIGHTS_NAME)
+    return _restore(text, tensors, model, str(folder))
+
+
+def load_file(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save_file` wrote; see `from_pretrained`.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or tampered with, or belongs to another
+            network.
+    """
+    tensors, notes = _read(Path(path))
+    if METADATA_KEY not in notes:
+        raise CheckpointError(
+            f"{path}: its metadata has no {METADATA_KEY!r}, so it is not a gated network written "
+            "by save_file(); a directory written by save_pretrained() is read by from_pretrained()"
+        )
+    return _restore(notes[METADATA_KEY], tensors, model, str(path))
+
+
+def _describe(gated: nn.Module) -> dict[str, Any]:
+    state = state_of(gated)
+    spec = spec_of(gated)
+    return {
+        "format": FORMAT,
+        "versions": {name: metadata.version(name) for name in ("torch", "timm", "pag-retrofit")},
+        "model": spec.to_dict() if spec else None,
+        "class": type(gated).__name__,
+        "retrofit": state.config.to_dict(),
+        "budget": state.budget,
+        "example_shape": list(state.example_shape),
+        "total_macs": state.total_macs,
+        "sites": [name for name, _ in named_gates(gated)],
+        "operating_points": sorted(state.operating_points.items()),
+        "active_budget": state.active_budget,
+    }
+
+
+def _restore(
+    text: str, tensors: dict[str, Tensor], model: nn.Module | None, source: str
+) -> nn.Module:
+    try:
+        description = json.loads(text)
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"{source}: format {description['format']!r}, this release reads {FORMAT}; "
+                "upgrade pag-retrofit"
+            )
+        if description["sha256"] != _digest(tensors):
+            raise CheckpointError(
+                f"{source}: the tensors do not match their recorded checksum; the file was changed "
+                "or damaged after it was saved"
+            )
+        gated = retrofit(
+            _network(description, model, source),
+            description["budget"],
+            example_input=tuple(description["example_shape"]),
+            config=RetrofitConfig.from_dict(description["retrofit"]),
+            inplace=True,
+        )
+        _check_sites(gated, description, source)
+        _load_tensors(gated, tensors, source)
+        state = state_of(gated)
+        state.rho = state.budget
+        state.operating_points = {float(b): float(o) for b, o in description["operating_points"]}
+        if description["active_budget"] is not None:
+            set_budget(gated, description["active_budget"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: its description is damaged or belongs to another network "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return gated.eval()
+
+
+def _network(description: dict[str, Any], model: nn.Module | None, source: str) -> nn.Module:
+    if model is not None:
+        return copy.deepcopy(model)
+    if description["model"] is None:
+        raise CheckpointError(
+            f"{source}: it holds a {description['class']} that is neither a timm nor an SMP "
+            "network; pass the ungated network as model="
+        )
+    spec = description["model"]
+    return ModelSpec(spec["library"], spec["name"], spec["arguments"]).build()
+
+
+def _check_sites(gated: nn.Module, description: dict[str, Any], source: str) -> None:
+    sites = [name for name, _ in named_gates(gated)]
+    if sites != description["sites"] or state_of(gated).total_macs != description["total_macs"]:
+        different = sorted(set(sites) ^ set(description["sites"]))
+        raise CheckpointError(
+            f"{source}: was saved from a network with {len(description['sites'])} sites and "
+            f"{description['total_macs']} MACs, this one has {len(sites)} and "
+            f"{state_of(gated).total_macs} (different: {different[:5]}); pass the same network, or "
+            f"use the library versions it was saved with: {description['versions']}"
+        )
+
+
+def _load_tensors(gated: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    own = gated.state_dict()
+    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    reshaped = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or unexpected or reshaped:
+        raise CheckpointError(
+            f"{source}: belongs to another network: missing {missing[:5]}, unexpected "
+            f"{unexpected[:5]}, of another shape {reshaped[:5]} ({len(missing)}, "
+            f"{len(unexpected)} and {len(reshaped)} in all)"
+        )
+    gated.load_state_dict(tensors)
+
+
+def _tensors(gated: nn.Module) -> dict[str, Tensor]:
+    """State dict on the CPU, one memory block per tensor, as safetensors wants it."""
+    tensors = {}
+    seen: set[int] = set()
+    for name, tensor in gated.state_dict().items():
+        plain = tensor.detach().cpu().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        tensors[name] = plain.clone() if pointer in seen else plain
+        seen.add(pointer)
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+        return safetensors.torch.load_file(path), notes
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated, or saved by "
+            "another format"
+        ) from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    _replace(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, notes))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside a file, then take its place: a crash leaves the old file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Sparsity losses: what pulls the expected compute towards the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.functional import bernoulli_kl
+from pag_retrofit.gates import PixelGate, named_gates, state_of
+
+KINDS = ("global", "layer")
+
+
+def expected_fraction(gated: nn.Module) -> Tensor:
+    """Compute fraction that the gates' probabilities of the last training forward expect.
+
+    Counts gates, bypasses and halos; a halo pixel is as probable as the most probable output
+    pixel that needs it. Mean over the batch and, if `torch.distributed` is initialised, over all
+    processes; the gradient is that of this process's share.
+
+    Raises:
+        PagError: No forward pass in training mode came before.
+    """
+    state = state_of(gated)
+    active, full = torch.zeros(()), torch.zeros(())
+    for gate in _observed(gated):
+        assert gate.last_probability is not None
+        size = gate.last_input_size
+        active = active + gate.cost.active_macs(gate.last_probability, size).mean()
+        full = full + gate.cost.full_macs(size)
+    return _average(1 + (active / full - 1) * state.gateable_share)
+
+
+def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
+    """Distance between expected and wanted compute; scalar, zero at the target.
+
+    The target is `rho` of the network's state, which `Annealer` moves from 1 to the budget.
+
+    Args:
+        gated: A gated network after a forward pass in training mode.
+        kind: `"global"`, one term on the compute fraction of the whole network, so that sites
+            share the budget freely: ((fraction - rho) / (1 - floor))^2. `"layer"`, the paper's
+            sum over gates of KL(Bernoulli(r) || Bernoulli(mean probability)) (Kong & Fowlkes,
+            section 3), where r is the open rate that gives rho if all gates have it.
+
+    Raises:
+        PagError: The kind is unknown, or no forward pass in training mode came before.
+    """
+    if kind not in KINDS:
+        raise PagError(f"kind={kind!r}: expected one of {KINDS}")
+    state = state_of(gated)
+    span = 1 - state.floor
+    if kind == "global":
+        return ((expected_fraction(gated) - state.rho) / span) ** 2
+    rate = (state.rho - state.floor) / span
+    means = [
+        _average(gate.last_probability.mean())
+        for gate in _observed(gated)
+        if gate.last_probability is not None
+    ]
+    return torch.stack([bernoulli_kl(rate, mean) for mean in means]).sum()
+
+
+def _observed(gated: nn.Module) -> list[PixelGate]:
+    gates = [gate for _, gate in named_gates(gated) if gate.last_probability is not None]
+    if not gates:
+        raise PagError(
+            "no gate has seen a forward pass in training mode: call gated.train() and run a "
+            "batch before asking for its sparsity loss"
+        )
+    return gates
+
+
+def _average(value: Tensor) -> Tensor:
+    """Average over processes; the gradient stays local, as DistributedDataParallel expects."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    mean = value.detach().clone()
+    torch.distributed.all_reduce(mean)
+    return value + (mean / torch.distributed.get_world_size() - value.detach())

@@ -1,0 +1,199 @@
+"""Counting what a gated network computes, and forcing its masks for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.functional import pattern_mask
+from pag_retrofit.gates import MaskOverride, PixelGate, named_gates, state_of
+
+
+class Measurement:
+    """Exact counts over all forward passes inside one `measure` block.
+
+    Dense operations are counted as they run; for each gate the mask, its halos and its bypass
+    say how many pixels each operation needs, as sparse execution would compute them.
+
+    Attributes:
+        images: Number of images.
+        macs: Multiply-accumulates of the gated network, all images.
+        total_macs: Those of the original network.
+        open_rates: Site -> mean of its mask.
+        masks: Site -> mask of the last forward pass, bool (B, 1, h, w), on the CPU.
+        compute_map: MACs per input pixel of the last forward pass, float64 (B, H, W), on the
+            CPU. What is computed densely is spread evenly; the sum is that pass's `macs`.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.images = 0
+        self.macs = 0
+        self.total_macs = 0
+        self.masks: dict[str, Tensor] = {}
+        self._open: dict[str, float] = {}
+        self._pixels: dict[str, int] = {}
+        self._site_map: Tensor | None = None
+        self._dense_macs = 0
+        self._input_shape: tuple[int, ...] = ()
+        self._pass: list[tuple[PixelGate, Tensor, tuple[int, int]]] = []
+
+    @property
+    def fraction(self) -> float:
+        """Compute fraction: `macs / total_macs`.
+
+        Raises:
+            PagError: Nothing ran inside the block.
+        """
+        self._check_ran()
+        return self.macs / self.total_macs
+
+    @property
+    def open_rates(self) -> dict[str, float]:
+        """Mean of each site's mask over all images."""
+        return {site: self._open[site] / self._pixels[site] for site in self._open}
+
+    @property
+    def compute_map(self) -> Tensor:
+        """See the class.
+
+        Raises:
+            PagError: Nothing ran inside the block.
+        """
+        self._check_ran()
+        assert self._site_map is not None
+        batch, _, height, width = self._input_shape
+        return self._site_map + self._dense_macs / (batch * height * width)
+
+    def _check_ran(self) -> None:
+        if not self.images:
+            raise PagError("nothing was measured: run the network inside the `with` block")
+
+    def _start_pass(self, shape: tuple[int, ...]) -> None:
+        self._pass = []
+        self._input_shape = shape
+
+    def _observe(self, gate: PixelGate, inputs: tuple[Any, ...], mask: Tensor) -> None:
+        size = (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
+        self._pass.append((gate, mask.detach().float(), size))
+
+    def _finish_pass(self, executed_macs: int) -> None:
+        """Turn what ran (everything, densely) into what was needed."""
+        batch, _, height, width = self._input_shape
+        original, needed = executed_macs, 0
+        self._site_map = torch.zeros(batch, height, width, dtype=torch.float64)
+        dense = executed_macs
+        for gate, mask, size in self._pass:
+            cost, pixels = gate.cost, mask.shape[2] * mask.shape[3]
+            extras = batch * pixels * (cost.gate_macs + cost.bypass_macs)
+            original -= extras
+            dense -= extras + batch * cost.full_macs(size)
+            needed += self._add_site(gate, mask, size)
+        self._dense_macs = dense
+        self.images += batch
+        self.macs += dense + needed
+        self.total_macs += original
+
+    def _add_site(self, gate: PixelGate, mask: Tensor, size: tuple[int, int]) -> int:
+        """Count one gate's pass, paint its map, and return its MACs."""
+        cost = gate.cost
+        closed = 1 - mask
+        maps = [(cost.gate_macs, torch.ones_like(mask)), (cost.bypass_macs, closed)]
+        needed = cost.operation_masks(mask, size)
+        maps += [(o.macs, m) for o, m in zip(cost.operations, needed, strict=True)]
+        assert self._site_map is not None
+        total = 0
+        for macs, where in maps:
+            count = int(where.double().sum())
+            if macs and count:
+                total += macs * count
+                self._site_map += macs * _spread(where, self._site_map.shape[1:])
+        self.masks[gate.site] = mask.bool().cpu()
+        self._open[gate.site] = self._open.get(gate.site, 0.0) + float(mask.double().sum())
+        self._pixels[gate.site] = self._pixels.get(gate.site, 0) + mask.numel()
+        return total
+
+
+def _spread(where: Tensor, size: torch.Size) -> Tensor:
+    """Share each pixel of a map (B, 1, h, w) out over the input pixels it covers; keeps sums."""
+    where = where.detach().double().cpu()
+    spread = F.interpolate(where, tuple(size), mode="nearest-exact")[:, 0]
+    totals = spread.sum((1, 2)).clamp_min(1e-9)
+    return spread * (where.sum((1, 2, 3)) / totals)[:, None, None]
+
+
+@contextlib.contextmanager
+def measure(gated: nn.Module) -> Iterator[Measurement]:
+    """Count the compute of every forward pass of a gated network inside the block.
+
+    Works in evaluation and in training mode, and inside DistributedDataParallel if given the
+    inner network; not on a network that `torch.compile` has wrapped (measure the one inside).
+
+    Args:
+        gated: A gated network.
+
+    Yields:
+        A `Measurement` that fills as the network runs.
+
+    Raises:
+        PagError: The network is not gated.
+    """
+    state_of(gated)
+    result = Measurement()
+    counter = FlopCounterMode(display=False)
+    counted = [0]
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4)
+        result._start_pass(tuple(x.shape))
+        counted[0] = counter.get_total_flops() // 2
+
+    def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+        result._finish_pass(counter.get_total_flops() // 2 - counted[0])
+
+    handles = [
+        gated.register_forward_pre_hook(before, with_kwargs=True),
+        gated.register_forward_hook(after),
+    ]
+    handles += [gate.register_forward_hook(result._observe) for _, gate in named_gates(gated)]
+    try:
+        with counter:
+            yield result
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def override_gates(
+    gated: nn.Module, density: float = 0.5, *, pattern: str = "blobs", seed: int = 0
+) -> Iterator[None]:
+    """Force made-up masks on all gates inside the block.
+
+    Args:
+        gated: A gated network.
+        density: Fraction of open pixels of every gate and image, in [0, 1].
+        pattern: `"blobs"`, `"random"`, `"rows"`, `"all"` or `"none"`; see `pattern_mask`.
+        seed: The same seed and shape give the same masks.
+
+    Raises:
+        PagError: The network is not gated, or an argument is not valid.
+    """
+    state_of(gated)
+    pattern_mask(pattern, density, (1, 1, 1), seed)  # check before anything is changed
+    gates = [gate for _, gate in named_gates(gated)]
+    before = [gate.override for gate in gates]
+    try:
+        for gate in gates:
+            gate.override = MaskOverride(density, pattern, seed)
+        yield
+    finally:
+        for gate, override in zip(gates, before, strict=True):
+            gate.override = override

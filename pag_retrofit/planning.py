@@ -1,0 +1,310 @@
+"""The plan of a retrofit: what would be gated, what not and why, and which budgets are possible."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.errors import BudgetError, NoSitesError, PagError
+from pag_retrofit.gates import GatedConv2d, PixelGate
+from pag_retrofit.rewriting import BlockRewriter, GatedBlock
+from pag_retrofit.sites import Findings, Site, find_sites
+from pag_retrofit.tracing import UntraceableError, example_tensor, export_network
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A layer that no gate covers."""
+
+    name: str
+    kind: str
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a retrofit does to a network. MACs are per image at the example input.
+
+    Args:
+        network: Class of the network.
+        budget: Compute fraction asked for, in (0, 1].
+        input_shape: (B, C, H, W) of the example.
+        total_macs: Of the original network.
+        sites: In the order of the forward pass.
+        dense: Layers that stay dense, with the reason.
+    """
+
+    network: str
+    budget: float
+    input_shape: tuple[int, ...]
+    total_macs: int
+    sites: tuple[Site, ...]
+    dense: tuple[DenseLayer, ...]
+
+    @property
+    def gateable_share(self) -> float:
+        """Fraction of the network's MACs inside sites."""
+        return sum(site.macs for site in self.sites) / self.total_macs
+
+    @property
+    def gate_share(self) -> float:
+        """MACs of all gates as a fraction of the network's."""
+        gates = sum(site.cost.gate_macs_total(site.input_size) for site in self.sites)
+        return gates / self.total_macs
+
+    @property
+    def floor(self) -> float:
+        """Smallest compute fraction: every pixel closed, gates and bypasses paid."""
+        closed = sum(site.cost.floor_macs(site.input_size) for site in self.sites)
+        return 1 - self.gateable_share + closed / self.total_macs
+
+    @property
+    def rho(self) -> float:
+        """Open rate that would meet the budget if all gates had the same and masks no halo."""
+        open_all = 1 + self.gate_share
+        return min(1.0, (self.budget - self.floor) / (open_all - self.floor))
+
+    def check_budget(self) -> None:
+        """Refuse a budget that the network cannot reach.
+
+        Raises:
+            NoSitesError: There is no site at all.
+            BudgetError: The budget is below the floor.
+        """
+        if not self.sites:
+            reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.dense[:5]) or "it has no layers"
+            raise NoSitesError(
+                f"{self.network} has nothing to gate ({reasons}). Expected residual branches or "
+                "convolutions larger than 1x1; print plan(...) for every layer and its reason"
+            )
+        if self.budget < self.floor:
+            raise BudgetError(
+                f"budget={self.budget}: {self.network} cannot go below its floor of "
+                f"{self.floor:.3f} of its MACs. {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        """What would lower the floor most."""
+        bypass = self.floor - (1 - self.gateable_share) - self.gate_share
+        heaviest = sorted(self.dense, key=lambda layer: -layer.macs)[:3]
+        dense = ", ".join(
+            f"{d.name} ({d.macs / self.total_macs:.1%}: {d.reason})" for d in heaviest if d.macs
+        )
+        parts = [f"Ask for at least {self.floor + 0.01:.2f}"]
+        if bypass > 0.02:
+            parts.append(f"bypass='identity' saves up to {bypass:.1%}")
+        if dense:
+            parts.append(f"the heaviest dense layers are {dense}")
+        return "; ".join(parts) + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "network": self.network,
+            "budget": self.budget,
+            "input_shape": list(self.input_shape),
+            "total_macs": self.total_macs,
+            "gateable_share": self.gateable_share,
+            "gate_share": self.gate_share,
+            "floor": self.floor,
+            "rho": self.rho,
+            "sites": [
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "macs": site.macs,
+                    "share": site.macs / self.total_macs,
+                    "halo": site.cost.halo,
+                    "bypass": site.bypass,
+                    "rho": self.rho,
+                    "layers": list(site.layers),
+                }
+                for site in self.sites
+            ],
+            "dense": [
+                {"name": d.name, "kind": d.kind, "macs": d.macs, "reason": d.reason}
+                for d in self.dense
+            ],
+        }
+
+    def table(self) -> Table:
+        """Render as a rich table: sites first, then dense layers grouped by reason."""
+        from rich.table import Table
+
+        shape = "x".join(map(str, self.input_shape))
+        table = Table(
+            title=f"{self.network} at {shape}: {self.total_macs / 1e9:.3f} GMACs, "
+            f"{self.gateable_share:.1%} gateable, floor {self.floor:.3f}",
+            caption=f"budget {self.budget:g}: open rate {self.rho:.3f} in every gate would meet it",
+        )
+        table.add_column("site")
+        table.add_column("kind")
+        for heading in ("MMACs", "share", "halo"):
+            table.add_column(heading, justify="right")
+        table.add_column("bypass, or why it stays dense")
+        for site in self.sites:
+            share = f"{site.macs / self.total_macs:.1%}"
+            halo = str(site.cost.halo)
+            table.add_row(
+                site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, site.bypass
+            )
+        table.add_section()
+        for reason, layers in _grouped(self.dense).items():
+            macs = sum(layer.macs for layer in layers)
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            share = f"{macs / self.total_macs:.1%}"
+            table.add_row(
+                f"{layers[0].name}{more}", "dense", f"{macs / 1e6:.1f}", share, "", reason
+            )
+        return table
+
+    def __str__(self) -> str:
+        """Render the table as text."""
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def plan(
+    model: nn.Module,
+    budget: float = 0.9,
+    *,
+    example_input: Tensor | tuple[int, ...],
+    config: RetrofitConfig | None = None,
+) -> Plan:
+    """Tell what `retrofit` would do with the same arguments, without touching the network.
+
+    Args:
+        model: A network that takes one image tensor.
+        budget: Target compute fraction, in (0, 1]; it may lie below the floor here.
+        example_input: Tensor (B, C, H, W), or its shape; MACs and shares hold for this size.
+        config: What is gated and how; default `RetrofitConfig()`.
+
+    Raises:
+        BudgetError: The budget is not in (0, 1].
+        PagError: The network is gated already, does not run on the example, or has no layers.
+    """
+    return Surgery(model, budget, example_input, config or RetrofitConfig()).plan
+
+
+class Surgery:
+    """A plan together with the rewritten modules that carry it out.
+
+    Everything that can fail happens here; the network is not modified until `install`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: float,
+        example_input: Tensor | tuple[int, ...],
+        config: RetrofitConfig,
+    ):
+        """Find the sites of a network and rewrite their blocks beside it."""
+        _check_model(model, budget)
+        self.model = model
+        self.config = config
+        example = example_tensor(model, example_input)
+        network = export_network(model, example)
+        total = network.total_macs // example.shape[0]
+        self.modules = dict(model.named_modules())
+        self.replacements: dict[str, nn.Module] = {}
+        findings = find_sites(model, replace(network, total_macs=total), config)
+        sites = self._rewrite(findings)
+        dense = tuple(
+            DenseLayer(name, layer.kind, layer.macs, findings.reasons[name])
+            for name, layer in findings.layers.items()
+            if name in findings.reasons
+        )
+        shape = tuple(example.shape)
+        if total == 0:
+            raise NoSitesError(
+                f"{type(model).__name__} has no convolution or linear layer: nothing to gate"
+            )
+        self.plan = Plan(type(model).__name__, budget, shape, total, sites, dense)
+
+    def install(self) -> None:
+        """Put the rewritten modules into the network."""
+        for path, module in self.replacements.items():
+            parent, _, name = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), name, module)
+
+    def _rewrite(self, findings: Findings) -> tuple[Site, ...]:
+        """Build all replacements; sites that turn out not to be rewritable are dropped."""
+        kept: list[Site] = []
+        blocks: dict[str, list[Site]] = defaultdict(list)
+        for site in findings.sites:
+            if site.owner == site.name and site.kind == "conv":
+                conv = self.modules[site.name]
+                assert isinstance(conv, nn.Conv2d)
+                self.replacements[site.name] = GatedConv2d.from_conv(conv, self._gate(site))
+                kept.append(site)
+            else:
+                blocks[site.owner].append(site)
+        for path, sites in blocks.items():
+            kept += self._rewrite_block(path, sites, findings)
+        order = {site.name: position for position, site in enumerate(findings.sites)}
+        return tuple(sorted(kept, key=lambda site: order[site.name]))
+
+    def _rewrite_block(self, path: str, sites: list[Site], findings: Findings) -> list[Site]:
+        try:
+            rewriter = BlockRewriter(self.modules[path], path)
+            for site in sites:
+                rewriter.insert(site, self._gate(site))
+            self.replacements[path] = rewriter.finish()
+        except UntraceableError as reason:
+            logger.info("%s stays dense: %s", path, reason)
+            for site in sites:
+                for layer in site.layers:
+                    findings.reasons[layer] = f"{path}: {reason}"
+            return []
+        return sites
+
+    def _gate(self, site: Site) -> PixelGate:
+        gate = PixelGate(
+            site.channels,
+            site.cost,
+            site=site.name,
+            initial_probability=self.config.gate.initial_probability,
+        )
+        like = next(self.modules[site.owner].parameters(), None)
+        if like is not None:
+            gate.to(like.device)
+        return gate.train(self.modules[site.owner].training)
+
+
+def _check_model(model: nn.Module, budget: float) -> None:
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= 1:
+        raise BudgetError(
+            f"budget={budget!r}: expected a compute fraction in (0, 1], such as 0.9 for nine "
+            "tenths of the original MACs"
+        )
+    if not isinstance(model, nn.Module):
+        raise PagError(f"model={model!r}: expected a torch.nn.Module")
+    if any(isinstance(m, PixelGate | GatedBlock) for m in model.modules()):
+        raise PagError(
+            f"{type(model).__name__} is gated already: use set_budget() for another budget, or "
+            "remove() before retrofitting it anew"
+        )
+
+
+def _grouped(layers: tuple[DenseLayer, ...]) -> Mapping[str, list[DenseLayer]]:
+    groups: dict[str, list[DenseLayer]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.reason].append(layer)
+    return dict(sorted(groups.items(), key=lambda item: -sum(d.macs for d in item[1])))

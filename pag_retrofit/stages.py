@@ -1,0 +1,269 @@
+"""The stages of a recipe: dense, reference and gated, each in a folder of its own.
+
+A stage that is complete is skipped, one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from pag_retrofit.building import (
+    build_network,
+    evaluation_data,
+    load_weights,
+    save_weights,
+)
+from pag_retrofit.calibration import calibrate, set_budget
+from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.errors import RecipeError
+from pag_retrofit.io import save_pretrained
+from pag_retrofit.recipe import GatedSection, Recipe, Schedule
+from pag_retrofit.surgery import retrofit
+from pag_retrofit.training import Stage, Trainer, write_json, write_text
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+METRICS = "metrics.json"
+_PACKAGES = ("torch", "timm", "segmentation-models-pytorch", "accelerate", "pag-retrofit")
+# Where things lie and how a run is carried out, without effect on its result.
+_WITHOUT_EFFECT = {
+    "data.root",
+    "data.workers",
+    "data.eval_batch_size",
+    "runtime.threads",
+    "runtime.checkpoint_every",
+    "runtime.evaluate_every",
+    "runtime.keep_best",
+    "runtime.trackers",
+}
+
+
+def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Runs the stages of a recipe, in the order dense, reference, gated.
+
+    Writes `{output}/{stage}/` with `model.safetensors` (the last weights), `best.safetensors`,
+    `metrics.json`, `recipe.yaml` and `environment.json`. A gated stage is named by its budget,
+    such as `gated-0.90`, and its folder can be loaded with `from_pretrained`.
+
+    Returns:
+        The content of `metrics.json` by stage.
+
+    Raises:
+        RecipeError: there is no dense network to start from.
+        RecipeError: a stage's folder holds the results of another recipe.
+        TrainingError: a loss or a weight is not finite.
+    """
+    if recipe.runtime.threads is not None:
+        torch.set_num_threads(recipe.runtime.threads)
+    return {stage.name: _run_stage(stage, recipe) for stage in plan_stages(recipe)}
+
+
+def plan_stages(recipe: Recipe) -> list[Stage]:
+    """The training runs of a recipe, in order."""
+    stages = []
+    if "dense" in recipe.stages:
+        assert recipe.dense is not None
+        stages.append(Stage("dense", recipe.output / "dense", recipe.dense))
+    if recipe.gated is not None and "reference" in recipe.stages:
+        stages.append(Stage("reference", recipe.output / "reference", recipe.gated))
+    if recipe.gated is not None and "gated" in recipe.stages:
+        for budget in recipe.gated.budgets:
+            name = f"gated-{budget:.2f}"
+            stages.append(Stage(name, recipe.output / name, recipe.gated, budget))
+    return stages
+
+
+def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Runs one stage, or returns what it left if it is complete."""
+    _check_same_recipe(stage, recipe)
+    metrics_file = stage.folder / METRICS
+    if metrics_file.is_file():
+        metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+        if metrics["complete"]:
+            logger.info("%s: complete, skipped (%s)", stage.name, stage.folder)
+            return metrics
+    _write_head(stage, recipe)
+    set_seed(recipe.seed)
+    network = _starting_network(stage, recipe)
+    trainer = Trainer(network, stage, recipe)
+    evaluation = trainer.run()
+    if stage.budget is None:
+        if trainer.is_main:
+            save_weights(network, stage.folder / WEIGHTS)
+    else:
+        _calibrate(network, stage, recipe, trainer.device)
+        evaluation = trainer.evaluate()
+        if trainer.is_main:
+            save_pretrained(network, stage.folder)
+    metrics = trainer.write_metrics(evaluation)
+    PartialState().wait_for_everyone()
+    return metrics
+
+
+def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
+    """The network a stage begins with: pretrained, or the dense result, gated if it has a budget.
+
+    Raises:
+        RecipeError: there is no dense network to start from.
+    """
+    if stage.name == "dense":
+        return build_network(recipe.model)
+    network = _dense_network(recipe)
+    if stage.budget is None:
+        return network
+    assert isinstance(stage.schedule, GatedSection)
+    image = evaluation_data(recipe)[0]["image"]
+    return retrofit(
+        network,
+        stage.budget,
+        example_input=(1, *image.shape),
+        config=RetrofitConfig.from_dict(stage.schedule.retrofit),
+        inplace=True,
+    )
+
+
+def _dense_network(recipe: Recipe) -> nn.Module:
+    if "dense" not in recipe.stages and recipe.model.checkpoint is not None:
+        return build_network(recipe.model)
+    folder = recipe.output / "dense"
+    if not (folder / WEIGHTS).is_file():
+        raise RecipeError(
+            f"there is no dense network to start from: {folder / WEIGHTS} does not exist; "
+            "add dense to stages, or give the weights as model.checkpoint"
+        )
+    unloaded = {"encoder_checkpoint": None, "checkpoint": None}
+    network = build_network(recipe.model.model_copy(update=unloaded))
+    load_weights(network, folder / WEIGHTS)
+    return network
+
+
+def _calibrate(network: nn.Module, stage: Stage, recipe: Recipe, device: torch.device) -> None:
+    """Sets the gates' thresholds so that training images, not augmented, meet the budget."""
+    assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
+    data = evaluation_data(recipe, "train")
+    size = recipe.data.eval_batch_size
+    count = min(len(data), size * stage.schedule.calibration_batches)
+    # Spread over the data set: neighbours are often frames of one sequence.
+    chosen = Subset(data, [i * len(data) // count for i in range(count)])
+    loader = DataLoader(chosen, batch_size=size)
+    calibrate(network, [batch["image"].to(device) for batch in loader], budgets=(stage.budget,))
+    set_budget(network, stage.budget)
+
+
+# What is written beside the weights -------------------------------------------------------------
+
+
+def _write_head(stage: Stage, recipe: Recipe) -> None:
+    """Writes the recipe and the environment of a stage."""
+    if PartialState().is_main_process:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        write_json(stage.folder / "environment.json", environment())
+        write_text(stage.folder / "recipe.yaml", recipe.to_yaml())
+    PartialState().wait_for_everyone()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, source revision and machine of this process."""
+    state = PartialState()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": state.num_processes,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Revision of the package's source, marked if files differ; None for an installed package."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+# Whether a folder belongs to this recipe --------------------------------------------------------
+
+
+def _check_same_recipe(stage: Stage, recipe: Recipe) -> None:
+    """Compares the recipe with the one a stage's folder was begun with.
+
+    Raises:
+        RecipeError: they differ in a setting that has an effect on this stage.
+    """
+    file = stage.folder / "recipe.yaml"
+    if not file.is_file():
+        return
+    there = dict(_settings(stage, yaml.safe_load(file.read_text(encoding="utf-8"))))
+    here = dict(_settings(stage, recipe.model_dump(mode="json")))
+    differences = [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise RecipeError(
+            f"{stage.folder} holds results of another recipe ({'; '.join(differences)}); "
+            "choose another output, or remove the folder"
+        )
+
+
+def _settings(stage: Stage, values: Any) -> Iterator[tuple[str, Any]]:
+    """The values of a recipe that have an effect on a stage, by dotted key."""
+    skipped = {"name", "output", "stages"}
+    if stage.name == "dense":
+        skipped.add("gated")
+    for key, value in _flatten(values):
+        section, _, rest = key.partition(".")
+        if section in skipped or key in _WITHOUT_EFFECT or rest.startswith("budgets"):
+            continue
+        if stage.name == "reference" and section == "gated" and rest not in Schedule.model_fields:
+            continue
+        yield key, value
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        yield prefix, values
+        return
+    for key, value in values.items():
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,538 @@
+"""Training one stage of a recipe on accelerate, with checkpoints and exact resume.
+
+All randomness follows from the seed, the epoch and the saved generator states, so a run that was
+killed and resumed ends with the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Sampler
+
+from pag_retrofit.annealing import Annealer
+from pag_retrofit.building import build_task, evaluation_data, save_weights, training_data
+from pag_retrofit.errors import TrainingError
+from pag_retrofit.evaluation import Evaluation, evaluate_network
+from pag_retrofit.gates import gate_parameters, state_of
+from pag_retrofit.io import save_file
+from pag_retrofit.losses import expected_fraction, sparsity_loss
+from pag_retrofit.progress import StepDisplay
+from pag_retrofit.recipe import GatedSection, Recipe, Schedule
+
+logger = logging.getLogger(__name__)
+
+# Learning rates start at this share of their peak and end at the square of it, as a fraction.
+_START_SHARE = 1 / 25
+_END_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a recipe.
+
+    Attributes:
+        name: such as `dense` or `gated-0.90`; also the name of its folder.
+        folder: where its results go.
+        schedule: epochs and learning rates.
+        budget: target compute fraction; None trains an ungated network.
+    """
+
+    name: str
+    folder: Path
+    schedule: Schedule
+    budget: float | None = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        epoch: completed epochs.
+        batch: completed batches of the current epoch.
+        step: completed optimizer steps.
+        seconds: training time so far, all sessions together.
+        sums: sums of the losses over the batches of the current epoch, by name.
+        history: one record per epoch.
+        best: the record of the best evaluation.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class EpochSampler(Sampler[int]):
+    """A random order of a data set that depends on (seed, epoch) only."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        """Each index once."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        return iter(generator.permutation(self.size).tolist())
+
+
+def one_cycle(step: int, total: int, warmup: float) -> float:
+    """Share of the peak learning rate in a one-cycle schedule (Smith & Topin, arXiv 1708.07120).
+
+    Rises from 1/25 to 1 over the warmup, then falls along a cosine to 4e-6.
+
+    Args:
+        step: optimizer steps done, from 0.
+        total: optimizer steps of the whole run.
+        warmup: share of the steps in which it rises.
+    """
+    rise = warmup * total
+    if step < rise:
+        return _START_SHARE + (1 - _START_SHARE) * (1 - math.cos(math.pi * step / rise)) / 2
+    fall = min(1.0, (step - rise) / max(1.0, total - 1 - rise))
+    low = _START_SHARE * _END_SHARE
+    return low + (1 - low) * (1 + math.cos(math.pi * fall)) / 2
+
+
+def parameter_groups(network: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
+    """Groups for the optimizer: encoder, gates and the rest, each with its peak learning rate."""
+    gates = {id(parameter) for parameter in gate_parameters(network)}
+    encoder = getattr(network, "encoder", None)
+    inner = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    gate_lr = schedule.gate_lr if isinstance(schedule, GatedSection) else schedule.lr
+    groups = [
+        {
+            "name": "encoder",
+            "params": [p for p in parameters if id(p) in inner - gates],
+            "peak_lr": schedule.encoder_lr or schedule.lr,
+        },
+        {
+            "name": "rest",
+            "params": [p for p in parameters if id(p) not in inner | gates],
+            "peak_lr": schedule.lr,
+        },
+        # No decay: it would pull decided gates back to undecided ones.
+        {
+            "name": "gates",
+            "params": [p for p in parameters if id(p) in gates],
+            "peak_lr": gate_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
+
+
+class Trainer:
+    """Trains a network through one stage.
+
+    Args:
+        network: the network, gated if the stage has a budget; trained in place.
+        stage: the stage.
+        recipe: the recipe that the stage belongs to.
+
+    Raises:
+        TrainingError: the training set is smaller than one batch for each process.
+        TrainingError: half precision was asked for without a GPU.
+    """
+
+    def __init__(self, network: nn.Module, stage: Stage, recipe: Recipe) -> None:
+        self.stage = stage
+        self.recipe = recipe
+        self.progress = Progress()
+        self.accelerator = _accelerator(recipe, stage)
+        self.network = network.to(self.accelerator.device)
+        if recipe.runtime.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        set_seed(recipe.seed, device_specific=True)
+        self._prepare_data()
+        self._prepare_model()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.accelerator.device
+
+    def run(self) -> Evaluation:
+        """Trains from the last checkpoint, or from the start, to the end of the stage.
+
+        Returns:
+            The evaluation of the last weights.
+
+        Raises:
+            TrainingError: the loss or a weight is not finite; the last checkpoint is kept.
+        """
+        self._resume()
+        schedule = self.stage.schedule
+        evaluation = None
+        total = self.total_steps
+        with StepDisplay(self.stage.name, total, self.is_main) as self._display:
+            self._clock = time.perf_counter()
+            while self.progress.epoch < schedule.epochs:
+                self._run_epoch()
+                self.progress.epoch += 1
+                record = self._close_epoch()
+                evaluation = self.evaluate() if self._evaluation_due() else None
+                self._record(record, evaluation)
+                self._save_checkpoint()
+                self.write_metrics()
+        # Not `end_training`: it would end the process group, which later stages need.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        # A run that was killed after its last checkpoint has nothing left but to evaluate.
+        return evaluation or self.evaluate()
+
+    def evaluate(self) -> Evaluation:
+        """Scores the network, as it is now, on the validation images."""
+        return evaluate_network(
+            self.network,
+            self.val_loader,
+            self.task,
+            accelerator=self.accelerator,
+            channels_last=self.recipe.runtime.channels_last,
+        )
+
+    def write_metrics(self, final: Evaluation | None = None) -> dict[str, Any]:
+        """Writes `metrics.json`, complete once there is a final evaluation; returns its content."""
+        progress = self.progress
+        metrics: dict[str, Any] = {
+            "stage": self.stage.name,
+            "complete": final is not None,
+            "metric": self.task.metric,
+            "budget": self.stage.budget,
+            "final": final.to_dict() if final is not None else None,
+            "best": progress.best,
+            "seconds": round(progress.seconds, 1),
+            "steps": progress.step,
+            "history": progress.history,
+        }
+        if self.stage.budget is not None:
+            state = state_of(self.network)
+            metrics["floor"] = state.floor
+            metrics["gateable_share"] = state.gateable_share
+            metrics["total_macs"] = state.total_macs
+        if self.is_main:
+            write_json(self.stage.folder / "metrics.json", metrics)
+        return metrics
+
+    # Preparation -----------------------------------------------------------------------------
+
+    def _prepare_data(self) -> None:
+        section = self.recipe.data
+        self.train_set = training_data(self.recipe)
+        self.val_set = evaluation_data(self.recipe)
+        self.task = build_task(self.recipe, self.train_set)
+        needed = section.batch_size * self.accelerator.num_processes
+        if len(self.train_set) < needed:
+            raise TrainingError(
+                f"{len(self.train_set)} training images do not fill one batch of {needed} "
+                f"(data.batch_size {section.batch_size} x {self.accelerator.num_processes} "
+                "processes); use a smaller data.batch_size"
+            )
+        self.sampler = EpochSampler(len(self.train_set), self.recipe.seed)
+        # The loaders draw worker seeds from generators of their own; from the global one, a
+        # resumed epoch would shift the noise of the gates.
+        train = DataLoader(
+            self.train_set,
+            batch_size=section.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            num_workers=section.workers,
+            generator=torch.Generator(),
+        )
+        val = DataLoader(
+            self.val_set,
+            batch_size=section.eval_batch_size,
+            num_workers=section.workers,
+            generator=torch.Generator(),
+        )
+        self.train_loader, self.val_loader = self.accelerator.prepare(train, val)
+        accumulation = self.recipe.runtime.gradient_accumulation
+        steps = math.ceil(len(self.train_loader) / accumulation)
+        self.total_steps = steps * self.stage.schedule.epochs
+
+    def _prepare_model(self) -> None:
+        schedule = self.stage.schedule
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.network, schedule), weight_decay=schedule.weight_decay
+        )
+        # Wrapped, so that accelerate's mixed precision does not change the network's own forward.
+        self.model, self.optimizer = self.accelerator.prepare(_Forward(self.network), optimizer)
+        self.accelerator.register_for_checkpointing(self.progress)
+        self.annealer: Annealer | None = None
+        if self.stage.budget is not None:
+            assert isinstance(schedule, GatedSection)
+            annealing = schedule.annealing
+            self.annealer = Annealer(
+                self.network,
+                self.total_steps,
+                ramp=annealing.ramp,
+                temperature=annealing.temperature,
+            )
+            self.accelerator.register_for_checkpointing(self.annealer)
+
+    # Training --------------------------------------------------------------------------------
+
+    def _run_epoch(self) -> None:
+        epoch, done = self.progress.epoch, self.progress.batch
+        self.train_set.set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
+        # Accelerate sets the epoch of sampler and data set from this count when it iterates.
+        self.train_loader.iteration = epoch
+        loader = self.train_loader
+        if done:
+            loader = self.accelerator.skip_first_batches(loader, done)
+        self._train_mode()
+        for batch in loader:
+            self._train_batch(batch)
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.stage.schedule.freeze_norm:
+            for module in self.network.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def _train_batch(self, batch: Mapping[str, Tensor]) -> None:
+        self._set_learning_rates()
+        with self.accelerator.accumulate(self.model):
+            output = self.model(self._image(batch))
+            losses = self._losses(output, batch)
+            self._check_finite(losses)
+            self.accelerator.backward(losses["loss"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.progress.batch += 1
+        for name, value in losses.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value.item()
+        if self.accelerator.sync_gradients:
+            self._close_step(losses)
+
+    def _image(self, batch: Mapping[str, Tensor]) -> Tensor:
+        image = batch["image"]
+        if self.recipe.runtime.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return image
+
+    def _losses(self, output: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss that is minimised, and under other names what to report with it."""
+        task = self.task.loss(output, batch)
+        if self.annealer is None:
+            return {"loss": task}
+        schedule = self.stage.schedule
+        assert isinstance(schedule, GatedSection)
+        sparsity = sparsity_loss(self.network, kind=schedule.sparsity.kind)
+        total = task + schedule.sparsity.weight * sparsity
+        with torch.no_grad():
+            expected = expected_fraction(self.network)
+        return {
+            "loss": total,
+            "task_loss": task,
+            "sparsity_loss": sparsity,
+            "expected_fraction": expected,
+        }
+
+    def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
+        if all(math.isfinite(value.item()) for value in losses.values()):
+            return
+        shown = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+        raise TrainingError(self._stopped(f"the loss is not finite ({shown})"))
+
+    def _stopped(self, reason: str) -> str:
+        checkpoint = _last_checkpoint(self.stage.folder)
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet"
+        return (
+            f"stage {self.stage.name}: {reason} at step {self.progress.step + 1} "
+            f"(epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}); {kept}; "
+            "try a lower learning rate, or runtime.mixed_precision: no"
+        )
+
+    def _set_learning_rates(self) -> None:
+        share = one_cycle(self.progress.step, self.total_steps, self.stage.schedule.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+    def _close_step(self, losses: Mapping[str, Tensor]) -> None:
+        self.progress.step += 1
+        if self.annealer is not None:
+            self.annealer.step()
+        values = {name: value.item() for name, value in losses.items()} | self._gate_state()
+        self._display.update(self.progress.step, values)
+        every = self.recipe.runtime.checkpoint_every
+        if every and self.progress.step % every == 0:
+            self._save_checkpoint()
+
+    def _gate_state(self) -> dict[str, float]:
+        if self.annealer is None:
+            return {}
+        return {"tau": float(self.annealer.tau), "rho": float(self.annealer.rho)}
+
+    # Ends of epochs --------------------------------------------------------------------------
+
+    def _close_epoch(self) -> dict[str, Any]:
+        """The record of the epoch that just ended; resets the sums."""
+        progress = self.progress
+        names = sorted(progress.sums)
+        means = torch.tensor([progress.sums[n] for n in names], dtype=torch.float64)
+        means = self.accelerator.reduce(
+            (means / progress.batch).float().to(self.accelerator.device), reduction="mean"
+        )
+        progress.sums, progress.batch = {}, 0
+        return {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            **dict(zip(names, means.tolist(), strict=True)),
+            **self._gate_state(),
+        }
+
+    def _evaluation_due(self) -> bool:
+        epoch, last = self.progress.epoch, self.stage.schedule.epochs
+        return epoch == last or epoch % self.recipe.runtime.evaluate_every == 0
+
+    def _record(self, record: dict[str, Any], evaluation: Evaluation | None) -> None:
+        """Adds an epoch to the history, the trackers and the log; keeps the best weights."""
+        progress = self.progress
+        if evaluation is not None:
+            record |= evaluation.to_dict()
+        progress.history.append(record)
+        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        self.accelerator.log(numbers, step=progress.step)
+        self._display.note(numbers)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self.is_main:
+            epochs = self.stage.schedule.epochs
+            logger.info("%s: epoch %d/%d  %s", self.stage.name, progress.epoch, epochs, shown)
+        if evaluation is not None and self._is_best(record):
+            progress.best = {k: v for k, v in record.items() if k != "open_rates"}
+            if self.is_main and self.recipe.runtime.keep_best:
+                save = save_weights if self.stage.budget is None else save_file
+                save(self.network, self.stage.folder / "best.safetensors")
+
+    def _is_best(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record beats the best one; gated networks must be within their budget."""
+        budget = self.stage.budget
+        if budget is not None and record["fraction"] > budget + 0.01:
+            return False
+        best, metric = self.progress.best, self.task.metric
+        return best is None or record[metric] > best[metric]
+
+    # Checkpoints -----------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
+        """Writes a checkpoint under a temporary name, then renames it and removes older ones."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+        if not all(torch.isfinite(p).all() for p in self.network.parameters()):
+            raise TrainingError(self._stopped("a weight is not finite"))
+        folder = self.stage.folder / "checkpoints"
+        final = folder / f"epoch-{self.progress.epoch:05d}-step-{self.progress.step:08d}"
+        temporary = final.with_name(f".{final.name}.partial")
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            os.replace(temporary, final)
+            for old in folder.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        checkpoint = _last_checkpoint(self.stage.folder)
+        if checkpoint is None:
+            return
+        self.accelerator.load_state(str(checkpoint))
+        if self.is_main:
+            logger.info("%s: resumed from %s", self.stage.name, checkpoint)
+
+
+
+class _Forward(nn.Module):
+    """Calls a network; what accelerate wraps instead of the network itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)
+
+
+def _accelerator(recipe: Recipe, stage: Stage) -> Accelerator:
+    runtime = recipe.runtime
+    if runtime.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError("runtime.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=runtime.mixed_precision,
+        gradient_accumulation_steps=runtime.gradient_accumulation,
+        log_with=list(runtime.trackers) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(stage.folder), logging_dir=str(stage.folder)
+        ),
+    )
+    if runtime.trackers:
+        accelerator.init_trackers("tracking")
+    return accelerator
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a stage."""
+    return max((folder / "checkpoints").glob("epoch-*"), default=None)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
