@@ -14,8 +14,8 @@ from pag_retrofit.gates import named_gates, state_of
 class Annealer:
     """Moves `rho` (the target compute fraction) and the gates' temperature as training goes on.
 
-    Both follow a cosine over the first `ramp` of the steps and then stay. The temperature is
-    that of the straight-through gradient (`sample_mask`).
+    Both follow a cosine over the first `ramp` of the steps and then stay. What the temperature
+    does is said at `sample_mask`.
 
     Args:
         gated: A gated network.
@@ -34,7 +34,7 @@ class Annealer:
         total_steps: int,
         *,
         ramp: float = 0.5,
-        temperature: tuple[float, float] = (1.0, 0.1),
+        temperature: tuple[float, float] = (1.0, 0.2),
         budget: float | None = None,
     ):
         """Start at rho = 1."""

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pag_retrofit.data import Augmentation, AugmentedDataset, CamVid, EvaluationDataset, Normalize, Scenes
+from pag_retrofit.data import (
+    Augmentation,
+    AugmentedDataset,
+    CamVid,
+    EvaluationDataset,
+    Normalize,
+    Scenes,
+)
 from pag_retrofit.data.base import PixelDataset
 from pag_retrofit.errors import CheckpointError
 from pag_retrofit.io import ModelSpec
@@ -18,10 +25,8 @@ from pag_retrofit.tasks import SegmentationTask
 
 logger = logging.getLogger(__name__)
 
-
-def model_spec(section: ModelSection) -> ModelSpec:
-    """The library, name and arguments of a network."""
-    return ModelSpec(library=section.library, name=section.name, arguments=dict(section.arguments))
+WITHOUT_WEIGHTS = {"encoder_checkpoint": None, "checkpoint": None}
+"""Update of a `ModelSection` for a network whose weights come from elsewhere."""
 
 
 def build_network(section: ModelSection) -> nn.Module:
@@ -32,9 +37,7 @@ def build_network(section: ModelSection) -> nn.Module:
     Raises:
         CheckpointError: the weights do not fit the network.
     """
-    spec = model_spec(section)
-    network = spec.build()
-    spec.attach(network)
+    network = ModelSpec(section.library, section.name, section.arguments).build()
     if section.encoder_checkpoint is not None:
         load_encoder(network, section.encoder_checkpoint)
     if section.checkpoint is not None:
@@ -142,6 +145,21 @@ def _split(recipe: Recipe, split: str) -> PixelDataset:
     count = section.train_count if split == "train" else section.val_count
     # Scenes of different seeds differ, so training and validation share none.
     return Scenes(count, size=section.size, seed=2 * recipe.seed + (split != "train"))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

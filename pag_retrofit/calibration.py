@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.005
 """A calibrated fraction further from its budget than this (0.5 points) is warned about."""
 
+_FIRST_STEP = 0.25
+_MOST_TRIALS = 20
+
 
 def calibrate(
     gated: nn.Module, batches: Iterable[Tensor], budgets: Sequence[float] | None = None
@@ -92,18 +95,27 @@ def set_budget(gated: nn.Module, budget: float) -> None:
 
 
 def _search(gated: nn.Module, images: list[Tensor], budget: float) -> tuple[float, float]:
-    """Bisect the offset; return the closest one tried and its fraction."""
-    low, high = -8.0, 8.0
+    """Find an offset by bracketing and bisection; return the closest one and its fraction."""
     tried = {0.0: _fraction(gated, images, 0.0)}
-    middle = 0.0
-    for _ in range(16):
-        if abs(tried[middle] - budget) < TOLERANCE / 10:
+    for _ in range(_MOST_TRIALS):
+        if min(abs(fraction - budget) for fraction in tried.values()) < TOLERANCE / 5:
             break
-        low, high = (middle, high) if tried[middle] < budget else (low, middle)
-        middle = (low + high) / 2
-        tried[middle] = _fraction(gated, images, middle)
+        offset = _next_offset(tried, budget)
+        tried[offset] = _fraction(gated, images, offset)
     best = min(tried, key=lambda offset: (abs(tried[offset] - budget), abs(offset)))
     return best, tried[best]
+
+
+def _next_offset(tried: dict[float, float], budget: float) -> float:
+    """Widen the bracket around the budget by doubling, or cut it where a line would meet it."""
+    below = max((o for o, fraction in tried.items() if fraction < budget), default=None)
+    above = min((o for o, fraction in tried.items() if fraction >= budget), default=None)
+    if below is None:
+        return min(-_FIRST_STEP, 2 * min(tried))
+    if above is None:
+        return max(_FIRST_STEP, 2 * max(tried))
+    share = (budget - tried[below]) / max(tried[above] - tried[below], 1e-9)
+    return below + min(max(share, 0.2), 0.8) * (above - below)  # away from the ends: it shrinks
 
 
 @torch.no_grad()

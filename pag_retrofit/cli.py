@@ -48,15 +48,14 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, overrides or ())
     # Only now: reading a wrong recipe should not take the seconds of these imports.
-    from accelerate import PartialState
-
+    from pag_retrofit.processes import process_state
     from pag_retrofit.stages import finetune as run
 
     results = run(loaded)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         _out.print(_results_table(results))
         _out.print(f"results are in {loaded.output}", highlight=False)
-    PartialState().destroy_process_group()
+    process_state().destroy_process_group()
 
 
 @app.command()
@@ -111,7 +110,9 @@ def plan(
     library, colon, name = model.partition(":")
     if not colon:
         raise PagError(f"--model {model!r}: expected library:name, such as smp:Unet")
-    network = ModelSpec(library=library, name=name, arguments=_named("--argument", argument)).build()
+    network = ModelSpec(
+        library=library, name=name, arguments=_named("--argument", argument)
+    ).build()
     made = make_plan(
         network,
         budget,

@@ -5,12 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from pag_retrofit.building import (
+    WITHOUT_WEIGHTS,
+    build_network,
+    build_task,
+    evaluation_data,
+    load_weights,
+    read_metadata,
+)
+from pag_retrofit.calibration import set_budget
+from pag_retrofit.io import (
+    CONFIG_NAME,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    from_pretrained,
+    load_file,
+)
 from pag_retrofit.measurement import measure
+from pag_retrofit.recipe import ModelSection, Recipe
 from pag_retrofit.tasks import SegmentationTask
 
 if TYPE_CHECKING:
@@ -44,6 +63,62 @@ class Evaluation:
             "seconds": round(self.seconds, 2),
             "open_rates": self.open_rates,
         }
+
+
+def evaluate_file(path: Path, recipe: Recipe, *, budget: float | None = None) -> Evaluation:
+    """Scores saved weights on the validation images of a recipe.
+
+    Args:
+        path: a safetensors file or a folder: a gated network, or weights of the recipe's ungated
+            one.
+        recipe: gives the data, the task and, for ungated weights, the network.
+        budget: operating point to set on a gated network; its active one if not given.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the network.
+        BudgetError: the network is not calibrated for the budget.
+        PagError: a budget was given for an ungated network.
+    """
+    from accelerate import Accelerator
+
+    from pag_retrofit.processes import process_state
+
+    process_state()
+    network = load_network(path, recipe.model)
+    if budget is not None:
+        set_budget(network, budget)
+    accelerator = Accelerator()
+    data = evaluation_data(recipe)
+    section = recipe.data
+    loader = DataLoader(data, batch_size=section.eval_batch_size, num_workers=section.workers)
+    return evaluate_network(
+        network.to(accelerator.device),
+        accelerator.prepare(loader),
+        build_task(recipe, data),
+        accelerator=accelerator,
+        channels_last=recipe.runtime.channels_last,
+    )
+
+
+def load_network(path: Path, section: ModelSection) -> nn.Module:
+    """Loads a gated network, or weights of the ungated network that a section describes.
+
+    Args:
+        path: what `save_pretrained` or `save_file` wrote, the folder of a stage, or a safetensors
+            file with weights.
+        section: builds the network if the weights are ungated.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the network.
+    """
+    if (path / CONFIG_NAME).is_file():
+        return from_pretrained(path)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if METADATA_KEY in read_metadata(file):
+        return load_file(file)
+    network = build_network(section.model_copy(update=WITHOUT_WEIGHTS))
+    load_weights(network, file)
+    return network
 
 
 def is_gated(network: nn.Module) -> bool:

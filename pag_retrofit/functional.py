@@ -37,16 +37,18 @@ class Window(NamedTuple):
     padding: tuple[int, int]  # at the top and at the left
 
 
-def sample_mask(logits: Tensor, temperature: Tensor) -> Tensor:
+def sample_mask(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Draw a hard mask with a straight-through gradient.
 
     The hard Gumbel-softmax of two classes (Jang et al., arXiv 1611.01144; Kong & Fowlkes,
     section 3) depends on the difference of the two logits alone, and the difference of two
-    Gumbel variables is logistic: P(mask = 1) = sigmoid(logits).
+    Gumbel variables is logistic. Here the temperature scales the noise as well as the relaxation,
+    P(mask = 1) = sigmoid(logits / temperature): as it falls, the masks of training become those
+    of evaluation, logits >= 0, and a network never meets masks that it was not trained with.
 
     Args:
         logits: Compute minus skip, any shape.
-        temperature: Of the relaxation that the gradient goes through, > 0.
+        temperature: > 0.
 
     Returns:
         Exactly 0 or 1, of the shape and dtype of `logits`.
@@ -54,7 +56,7 @@ def sample_mask(logits: Tensor, temperature: Tensor) -> Tensor:
     uniform = torch.rand_like(logits, dtype=torch.float32)
     uniform = uniform.clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
     noise = uniform.log() - torch.log1p(-uniform)
-    soft = torch.sigmoid((logits + noise) / temperature)
+    soft = torch.sigmoid(logits / temperature + noise)
     hard = (soft >= 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly zero
 
@@ -108,7 +110,7 @@ def mix(active: Tensor, bypass: Tensor, mask: Tensor) -> Tensor:
     if not mask.requires_grad:
         return torch.where(mask > 0, active, bypass)
     mask = mask.to(active.dtype)
-    return mask * active + (1 - mask) * bypass
+    return mask * active + (1 - mask) * bypass  # exact at both values, unlike a difference
 
 
 @_traced_as_call

@@ -67,7 +67,7 @@ class PixelGate(nn.Module):
             return self._forced(logits)
         if not self.training:
             return (logits >= 0).float()
-        self.last_probability = torch.sigmoid(logits)
+        self.last_probability = torch.sigmoid(logits / self.temperature)
         self.last_input_size = (x.shape[2], x.shape[3])
         return sample_mask(logits, self.temperature)
 
@@ -98,6 +98,7 @@ class GatedConv2d(nn.Conv2d):
     """
 
     pag_gate: PixelGate
+    pag_bypass_weight: nn.Parameter
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, gate: PixelGate) -> GatedConv2d:
@@ -111,7 +112,7 @@ class GatedConv2d(nn.Conv2d):
         gated.add_module("pag_gate", gate)
         return gated
 
-    def to_conv(self) -> nn.Conv2d:
+    def ungated(self) -> nn.Conv2d:
         """Give the plain convolution back, with the current weights."""
         conv = nn.Conv2d.__new__(nn.Conv2d)
         conv.__dict__.update(self.__dict__)

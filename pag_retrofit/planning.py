@@ -84,7 +84,9 @@ class Plan:
             BudgetError: The budget is below the floor.
         """
         if not self.sites:
-            reasons = "; ".join(f"{d.name}: {d.reason}" for d in self.dense[:5]) or "it has no layers"
+            reasons = (
+                "; ".join(f"{d.name}: {d.reason}" for d in self.dense[:5]) or "it has no layers"
+            )
             raise NoSitesError(
                 f"{self.network} has nothing to gate ({reasons}). Expected residual branches or "
                 "convolutions larger than 1x1; print plan(...) for every layer and its reason"
@@ -157,9 +159,7 @@ class Plan:
         for site in self.sites:
             share = f"{site.macs / self.total_macs:.1%}"
             halo = str(site.cost.halo)
-            table.add_row(
-                site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, site.bypass
-            )
+            table.add_row(site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, site.bypass)
         table.add_section()
         for reason, layers in _grouped(self.dense).items():
             macs = sum(layer.macs for layer in layers)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -70,6 +70,13 @@ def _existing_file(path: Path) -> Path:
 
 def _retrofit_fields(values: dict[str, Any]) -> dict[str, Any]:
     RetrofitConfig.from_dict(values)
+    return values
+
+
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    # `min_length` would complain about each wrong item a second time.
+    if not values:
+        raise ValueError("expected at least one item, got []")
     return values
 
 
@@ -210,7 +217,7 @@ class SparsitySection(Section):
     """
 
     kind: Literal["global", "layer"] = "global"
-    weight: NonNegative = 1.0
+    weight: NonNegative = 10.0
 
 
 class AnnealingSection(Section):
@@ -218,11 +225,11 @@ class AnnealingSection(Section):
 
     Attributes:
         ramp: share of the steps after which they are reached.
-        temperature: first and last temperature of the gates' gradient.
+        temperature: first and last temperature of the gates; see `pag_retrofit.Annealer`.
     """
 
     ramp: Fraction = 0.5
-    temperature: tuple[Positive, Positive] = (1.0, 0.1)
+    temperature: tuple[Positive, Positive] = (1.0, 0.2)
 
 
 class GatedSection(Schedule):
@@ -238,7 +245,7 @@ class GatedSection(Schedule):
     """
 
     gate_lr: Positive
-    budgets: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    budgets: Annotated[tuple[Fraction, ...], AfterValidator(_not_empty)]
     sparsity: SparsitySection = SparsitySection()
     annealing: AnnealingSection = AnnealingSection()
     retrofit: RetrofitFields = {}
@@ -296,9 +303,9 @@ class Recipe(Section):
     name: str
     output: OutputPath
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = ("dense", "reference", "gated")
+    stages: Annotated[tuple[Stage, ...], AfterValidator(_not_empty)] = ("dense", "reference", "gated")
     model: ModelSection
-    data: Annotated[Union[CamVidSection, ScenesSection], Field(discriminator="name")]
+    data: Annotated[CamVidSection | ScenesSection, Field(discriminator="name")]
     task: TaskSection = TaskSection()
     dense: Schedule | None = None
     gated: GatedSection | None = None
@@ -383,14 +390,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else None
+        values = loader.construct_document(node) if node is not None else {}
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of keys to values, got {values!r}")
     places: dict[KeyPath, str] = {}
     duplicates = []
-    for key, line in _keys(node, ()):
+    for key, line in _keys(node, ()) if node is not None else ():
         if key in places:
             duplicates.append(f"line {line}: {'.'.join(key)} is given twice ({places[key]} too)")
         places[key] = f"line {line}"
@@ -452,6 +459,7 @@ def _describe(error: Any, values: dict[str, Any], places: dict[KeyPath, str]) ->
     if error["type"] == "value_error":
         return f"{place}{dotted}: {expected}"
     if error["type"].startswith("union_tag"):
+        place = _place((*key, "name"), places)
         return f"{place}{dotted}.name: expected one of {', '.join(_DATA_SECTIONS)}"
     return f"{place}{dotted}: got {error['input']!r}; {expected[0].lower()}{expected[1:]}"
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from pag_retrofit.functional import apply_mask, mask_pool_input, mix, renormalize_pool, subsample
 from pag_retrofit.gates import PixelGate
-from pag_retrofit.sites import Site
+from pag_retrofit.sites import ACTIVATIONS, Node, Site
 from pag_retrofit.tracing import UntraceableError, ancestors, trace_block
 
 _ADDS = ("add", "iadd", "add_")
@@ -39,9 +39,9 @@ class GatedBlock(fx.GraphModule):
         gated.__dict__["pag_original"] = (block,)  # a tuple: not registered as a child
         return gated
 
-    def to_block(self) -> nn.Module:
+    def ungated(self) -> nn.Module:
         """Give the original block back, with the current weights."""
-        (block,) = self.pag_original
+        block: nn.Module = self.__dict__["pag_original"][0]
         for registry in ("_parameters", "_buffers", "_modules"):
             own = block.__dict__[registry]
             for key in own:
@@ -124,10 +124,12 @@ class BlockRewriter:
         self._check_layers(site, inside)
         pools = [n for n in inside if self._kind(n) in _POOLS and n.args[0] in inside]
         if len(pools) != site.pools:
-            raise UntraceableError(f"{len(pools)} global means found in the block, {site.pools} "
-                                   "in the exported graph")
-        mask = self._call_gate("pag_gate" + (f"_{site.add_index}" if site.add_index else ""),
-                               gate, entry)
+            raise UntraceableError(
+                f"{len(pools)} global means found in the block, {site.pools} in the exported graph"
+            )
+        mask = self._call_gate(
+            "pag_gate" + (f"_{site.add_index}" if site.add_index else ""), gate, entry
+        )
         for pool in pools:
             self._mask_pool(pool, mask)
         with self.graph.inserting_before(add):
@@ -151,7 +153,7 @@ class BlockRewriter:
             bypass = self.graph.call_function(subsample, (entry, site.cost.stride))
         mixed.args = (end, bypass, mask)
 
-    def _chain_end(self, node: fx.Node) -> fx.Node:
+    def _chain_end(self, node: Node) -> Node:
         """Last node of the norm and activation that follow a convolution."""
         while len(node.users) == 1:
             user = next(iter(node.users))
@@ -160,9 +162,7 @@ class BlockRewriter:
             node = user
         return node
 
-    def _is_norm_or_activation(self, node: fx.Node) -> bool:
-        from pag_retrofit.sites import ACTIVATIONS
-
+    def _is_norm_or_activation(self, node: Node) -> bool:
         if node.op == "call_module":
             module = self.block.get_submodule(str(node.target))
             if isinstance(module, nn.BatchNorm2d):
@@ -173,7 +173,7 @@ class BlockRewriter:
             )
         return self._kind(node) in ACTIVATIONS
 
-    def _call_gate(self, name: str, gate: PixelGate, entry: fx.Node) -> fx.Node:
+    def _call_gate(self, name: str, gate: PixelGate, entry: Node) -> Node:
         self.gates[name] = gate
         after = entry
         if entry.op == "placeholder":  # placeholders stay together at the top
@@ -181,7 +181,7 @@ class BlockRewriter:
         with self.graph.inserting_after(after):
             return self.graph.create_node("call_module", name, (entry,))
 
-    def _mask_pool(self, pool: fx.Node, mask: fx.Node) -> None:
+    def _mask_pool(self, pool: Node, mask: Node) -> None:
         source = pool.args[0]
         with self.graph.inserting_before(pool):
             masked = self.graph.call_function(mask_pool_input, (source, mask))
@@ -191,7 +191,7 @@ class BlockRewriter:
         pool.replace_all_uses_with(renormalized)
         renormalized.args = (pool, mask)
 
-    def _addition(self, index: int) -> fx.Node:
+    def _addition(self, index: int) -> Node:
         """The block's own addition with an index, counted as in the exported graph."""
         own = [
             node
@@ -205,7 +205,7 @@ class BlockRewriter:
             raise UntraceableError(f"the block shows {len(own)} additions of its own")
         return own[index]
 
-    def _exclusive(self, branch: Any, shortcut: Any) -> list[fx.Node]:
+    def _exclusive(self, branch: Any, shortcut: Any) -> list[Node]:
         found = ancestors(self.graph)
         bits = found[branch] & ~found[shortcut]
         return [
@@ -214,7 +214,7 @@ class BlockRewriter:
             if bits >> position & 1 and node.op not in ("placeholder", "get_attr")
         ]
 
-    def _entry(self, inside: list[fx.Node]) -> fx.Node:
+    def _entry(self, inside: list[Node]) -> Node:
         members = set(inside)
         entries = {
             parent
@@ -226,7 +226,7 @@ class BlockRewriter:
             raise UntraceableError(f"the branch reads {len(entries)} tensors in the block")
         return entries.pop()
 
-    def _check_layers(self, site: Site, inside: list[fx.Node]) -> None:
+    def _check_layers(self, site: Site, inside: list[Node]) -> None:
         """The traced branch must hold exactly the layers of the exported one."""
         traced = set()
         for node in inside:
@@ -239,7 +239,7 @@ class BlockRewriter:
                 f"the traced branch holds {sorted(traced)}, the exported one {sorted(site.layers)}"
             )
 
-    def _kind(self, node: fx.Node) -> str:
+    def _kind(self, node: Node) -> str:
         if node.op == "call_module":
             return type(self.block.get_submodule(str(node.target))).__name__
         if node.op == "call_method":

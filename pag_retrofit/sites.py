@@ -6,10 +6,9 @@ Works on the exported graph alone (operators, shapes, owners), so it knows no cl
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
-import operator
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +17,10 @@ from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.cost import GatedOperation, SiteCost
 from pag_retrofit.functional import Window
 from pag_retrofit.tracing import NetworkGraph, ancestors
+
+# An fx.Node. Its arguments are typed as a union of all that a graph may hold, which only operator
+# names narrow, so a checker can make nothing of them.
+Node = Any
 
 ACTIVATIONS = frozenset(
     "relu relu_ relu6 silu silu_ gelu hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh "
@@ -98,7 +101,7 @@ def find_sites(model: nn.Module, network: NetworkGraph, config: RetrofitConfig) 
     return _Finder(model, network, config).run()
 
 
-def operator_name(node: fx.Node) -> str:
+def operator_name(node: Node) -> str:
     """Name of an ATen operator without namespace and overload; "" for anything else."""
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     return schema.name.split("::")[1] if schema is not None else ""
@@ -111,7 +114,7 @@ class _Finder:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.nodes = list(network.graph.nodes)
         self.ancestors = ancestors(network.graph)
-        self.layer_of: dict[fx.Node, str] = {}
+        self.layer_of: dict[Node, str] = {}
         self.calls: dict[str, int] = {}
         self.covered: set[str] = set()
         self.found = Findings()
@@ -161,9 +164,7 @@ class _Finder:
             seen[owner] = index + 1
             self._try_add(node, operands, owner, index)
 
-    def _try_add(
-        self, add: fx.Node, operands: tuple[fx.Node, fx.Node], owner: str, index: int
-    ) -> None:
+    def _try_add(self, add: Node, operands: tuple[Node, Node], owner: str, index: int) -> None:
         """Accept the heavier side of an addition as a branch, or note why not."""
         sides = []
         for side in (0, 1):
@@ -188,7 +189,7 @@ class _Finder:
             self.found.reasons[layer] = f"computed once per image, inside the branch {name}"
 
     def _branch_site(
-        self, add: fx.Node, end: fx.Node, inside: list[fx.Node], key: tuple[str, str, int, int]
+        self, add: Node, end: Node, inside: list[Node], key: tuple[str, str, int, int]
     ) -> Site:
         name, owner, index, side = key
         if not owner:
@@ -227,7 +228,7 @@ class _Finder:
             layers=tuple(self.layer_of.get(n, n.name) for n in inside if _node_macs(n)),
         )
 
-    def _entry(self, end: fx.Node, inside: list[fx.Node], add: fx.Node) -> fx.Node:
+    def _entry(self, end: Node, inside: list[Node], add: Node) -> Node:
         """The one tensor that a branch reads; nothing in it may be read from elsewhere."""
         members = set(inside)
         for node in inside:
@@ -244,7 +245,7 @@ class _Finder:
             raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
         return entries.pop()
 
-    def _exclusive(self, branch: fx.Node, shortcut: fx.Node) -> list[fx.Node]:
+    def _exclusive(self, branch: Node, shortcut: Node) -> list[Node]:
         """Nodes that only one side of an addition depends on, in the order of the graph."""
         bits = self.ancestors[branch] & ~self.ancestors[shortcut]
         return [
@@ -253,7 +254,7 @@ class _Finder:
             if bits >> position & 1 and node.op == "call_function"
         ]
 
-    def _is_inside(self, node: fx.Node, owner: str) -> bool:
+    def _is_inside(self, node: Node, owner: str) -> bool:
         path = self.network.owner(node)
         return not owner or path == owner or path.startswith(owner + ".")
 
@@ -279,7 +280,7 @@ class _Finder:
             self.found.sites.append(site)
             self.covered.add(name)
 
-    def _conv_site(self, node: fx.Node, name: str) -> Site:
+    def _conv_site(self, node: Node, name: str) -> Site:
         module = self.modules[name]
         window = conv_window(node)
         if window.kernel == (1, 1):
@@ -312,7 +313,7 @@ class _Finder:
             layers=(name,),
         )
 
-    def _identity_owner(self, conv: fx.Node) -> str:
+    def _identity_owner(self, conv: Node) -> str:
         """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
         wanted = self.config.bypass
         if wanted == "collapsed" or (wanted == "auto" and self.config.scope == "branch"):
@@ -344,7 +345,7 @@ class _Finder:
         if cost.floor_macs(size) >= cost.full_macs(size):
             raise NotPixelLocalError("its gate and bypass cost as much as it does")
 
-    def _input_size(self, node: fx.Node) -> tuple[int, int]:
+    def _input_size(self, node: Node) -> tuple[int, int]:
         shape = self.network.value(node).shape
         return int(shape[2]), int(shape[3])
 
@@ -355,18 +356,16 @@ class _BranchAnalysis:
     Forward it follows the order of the axes and the stride, backward the windows.
     """
 
-    def __init__(
-        self, network: NetworkGraph, inside: set[fx.Node], entry: fx.Node, end: fx.Node
-    ):
+    def __init__(self, network: NetworkGraph, inside: set[Node], entry: Node, end: Node):
         self.network = network
         self.order = [node for node in network.graph.nodes if node in inside]
         self.inside = inside
         self.entry = entry
         self.end = end
-        self.axes: dict[fx.Node, str] = {entry: "BCHW"}
-        self.strides: dict[fx.Node, tuple[int, int]] = {entry: (1, 1)}
-        self.per_image: set[fx.Node] = set()
-        self.pooled: list[fx.Node] = []
+        self.axes: dict[Node, str] = {entry: "BCHW"}
+        self.strides: dict[Node, tuple[int, int]] = {entry: (1, 1)}
+        self.per_image: set[Node] = set()
+        self.pooled: list[Node] = []
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -376,7 +375,7 @@ class _BranchAnalysis:
     def pools(self) -> int:
         return len(self.pooled)
 
-    def run(self) -> list[tuple[fx.Node, tuple[tuple[Window, ...], ...]]]:
+    def run(self) -> list[tuple[Node, tuple[tuple[Window, ...], ...]]]:
         """Return the operations with the windows between the branch's end and them."""
         shape = self.network.value(self.entry).shape
         if len(shape) != 4:
@@ -387,10 +386,10 @@ class _BranchAnalysis:
             raise NotPixelLocalError("its output is not laid out as (B, C, H, W)")
         return self._backward()
 
-    def _tensors(self, node: fx.Node) -> list[fx.Node]:
+    def _tensors(self, node: Node) -> list[Node]:
         return [n for n in node.all_input_nodes if n in self.inside or n is self.entry]
 
-    def _forward(self, node: fx.Node) -> None:
+    def _forward(self, node: Node) -> None:
         name = operator_name(node)
         inputs = self._tensors(node)
         spatial = [n for n in inputs if n not in self.per_image]
@@ -409,7 +408,7 @@ class _BranchAnalysis:
         self.axes[node], self.strides[node] = self._local(node, name, axes, stride)
 
     def _local(
-        self, node: fx.Node, name: str, axes: str, stride: tuple[int, int]
+        self, node: Node, name: str, axes: str, stride: tuple[int, int]
     ) -> tuple[str, tuple[int, int]]:
         """Axes and stride after a pixel-local or window operation."""
         if name in POINTWISE:
@@ -431,7 +430,7 @@ class _BranchAnalysis:
             return axes, (stride[0] * window.stride[0], stride[1] * window.stride[1])
         raise NotPixelLocalError(f"it uses {name or node.name}, not known to be pixel-local")
 
-    def _pool(self, node: fx.Node, source: fx.Node, axes: str) -> None:
+    def _pool(self, node: Node, source: Node, axes: str) -> None:
         rank = len(axes)
         if operator_name(node) == "mean":
             dims = node.args[1] if len(node.args) > 1 else ()
@@ -446,32 +445,34 @@ class _BranchAnalysis:
                 raise NotPixelLocalError("it pools a map that is not laid out as (B, C, H, W)")
             self.pooled.append(source)
 
-    def _backward(self) -> list[tuple[fx.Node, tuple[tuple[Window, ...], ...]]]:
-        paths: dict[fx.Node, set[tuple[Window, ...]]] = {n: set() for n in self.order}
+    def _backward(self) -> list[tuple[Node, tuple[tuple[Window, ...], ...]]]:
+        paths: dict[Node, set[tuple[Window, ...]]] = {n: set() for n in self.order}
         paths[self.end] = {()}
-        operations = []
-        for node in reversed(self.order):
-            if node in self.per_image:
-                continue
+        spatial = [node for node in self.order if node not in self.per_image]
+        for node in reversed(spatial):
             if not paths[node]:
                 raise NotPixelLocalError(f"nothing but a global mean reads {node.name}")
-            needs = paths[node]
-            if operator_name(node) in ("conv2d", "linear"):
-                operations.append((node, tuple(sorted(needs))))
-            if operator_name(node) in CONVOLUTIONS:
-                window = conv_window(node)
-                if window.kernel != (1, 1) or window.stride != (1, 1):
-                    needs = {(*path, window) for path in needs}
+            needs = _through(node, paths[node])
             for parent in self._tensors(node):
-                if parent in paths and parent not in self.per_image:
+                if parent is not self.entry:
                     paths[parent] |= needs
-        for source in self.pooled:
-            if paths[source] != {()}:
-                raise NotPixelLocalError("it pools over pixels that only the halo computes")
-        return operations[::-1]
+        if any(paths[source] != {()} for source in self.pooled):
+            raise NotPixelLocalError("it pools over pixels that only the halo computes")
+        layers = [node for node in spatial if operator_name(node) in ("conv2d", "linear")]
+        return [(node, tuple(sorted(paths[node]))) for node in layers]
 
 
-def conv_window(conv: fx.Node) -> Window:
+def _through(node: Node, paths: set[tuple[Window, ...]]) -> set[tuple[Window, ...]]:
+    """Paths to the inputs of a node, given those to its output."""
+    if operator_name(node) not in CONVOLUTIONS:
+        return paths
+    window = conv_window(node)
+    if window.kernel == (1, 1) and window.stride == (1, 1):
+        return paths
+    return {(*path, window) for path in paths}
+
+
+def conv_window(conv: Node) -> Window:
     """Window of a conv2d node; a zero padding right before it counts as its own."""
     kernel = conv.args[1].meta["val"].shape[2:]
     arguments = _conv_arguments(conv)
@@ -484,13 +485,13 @@ def conv_window(conv: fx.Node) -> Window:
     )
 
 
-def _conv_arguments(conv: fx.Node) -> dict[str, Any]:
+def _conv_arguments(conv: Node) -> dict[str, Any]:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     return {**defaults, **dict(zip(names, conv.args, strict=False)), **conv.kwargs}
 
 
-def _own_padding(conv: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
+def _own_padding(conv: Node) -> tuple[tuple[int, int], tuple[int, int]]:
     """(total vertical, total horizontal), (top, left) of the convolution's own padding."""
     arguments = _conv_arguments(conv)
     if arguments["padding"] == "valid":
@@ -504,7 +505,7 @@ def _own_padding(conv: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
     return (2 * vertical, 2 * horizontal), (vertical, horizontal)
 
 
-def _pad_before(conv: fx.Node) -> list[int]:
+def _pad_before(conv: Node) -> list[int]:
     """[left, right, top, bottom] of a padding node that feeds a convolution."""
     source = conv.args[0]
     if operator_name(source) not in ("pad", "constant_pad_nd"):
@@ -515,13 +516,13 @@ def _pad_before(conv: fx.Node) -> list[int]:
     return list(source.args[1])
 
 
-def _padding_before(conv: fx.Node) -> tuple[int, int]:
+def _padding_before(conv: Node) -> tuple[int, int]:
     left, _, top, _ = _pad_before(conv)
     own = _own_padding(conv)[1]
     return own[0] + top, own[1] + left
 
 
-def _padding_total(conv: fx.Node) -> tuple[int, int]:
+def _padding_total(conv: Node) -> tuple[int, int]:
     left, right, top, bottom = _pad_before(conv)
     own = _own_padding(conv)[0]
     return own[0] + top + bottom, own[1] + left + right
@@ -541,7 +542,7 @@ def _check_same(window: Window, padding: tuple[int, int]) -> None:
             )
 
 
-def _added_tensors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _added_tensors(node: Node) -> tuple[Node, Node] | None:
     """The two operands of an addition of tensors of one shape."""
     if operator_name(node) not in ("add", "add_") or len(node.args) < 2:
         return None
@@ -553,7 +554,7 @@ def _added_tensors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return a, b
 
 
-def _node_macs(node: fx.Node) -> int:
+def _node_macs(node: Node) -> int:
     """MACs per image of a convolution or linear node, 0 for anything else."""
     name = operator_name(node)
     if name not in ("conv2d", "linear", "conv_transpose2d", "conv1d"):
@@ -567,7 +568,7 @@ def _node_macs(node: fx.Node) -> int:
     return math.prod(int(n) for n in value.shape) * math.prod(int(n) for n in weight[1:]) // batch
 
 
-def _macs_per_pixel(node: fx.Node) -> int:
+def _macs_per_pixel(node: Node) -> int:
     return math.prod(int(n) for n in node.args[1].meta["val"].shape)
 
 
@@ -582,11 +583,6 @@ def _common_parent(paths: list[str]) -> str:
     """Path of the innermost module that holds all modules of the paths as descendants."""
     if len(paths) == 1:
         return paths[0].rpartition(".")[0]
-    parts = [path.split(".") for path in paths]
-    shared = reduce(
-        operator.add,
-        [[s[0]] if len(set(s)) == 1 else ["*"] for s in zip(*parts, strict=False)],
-        [],
-    )
-    kept = shared[: shared.index("*")] if "*" in shared else shared
-    return ".".join(kept)
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, columns)
+    return ".".join(names[0] for names in shared)

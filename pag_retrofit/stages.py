@@ -16,28 +16,29 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from pag_retrofit.building import (
+    WITHOUT_WEIGHTS,
     build_network,
     evaluation_data,
     load_weights,
     save_weights,
 )
 from pag_retrofit.calibration import calibrate, set_budget
+from pag_retrofit.checkpoints import write_json, write_text
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import RecipeError
-from pag_retrofit.io import save_pretrained
+from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
+from pag_retrofit.processes import process_state
 from pag_retrofit.recipe import GatedSection, Recipe, Schedule
 from pag_retrofit.surgery import retrofit
-from pag_retrofit.training import Stage, Trainer, write_json, write_text
+from pag_retrofit.training import Stage, Trainer
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
 METRICS = "metrics.json"
 _PACKAGES = ("torch", "timm", "segmentation-models-pytorch", "accelerate", "pag-retrofit")
 # Where things lie and how a run is carried out, without effect on its result.
@@ -68,6 +69,7 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
         RecipeError: a stage's folder holds the results of another recipe.
         TrainingError: a loss or a weight is not finite.
     """
+    process_state()  # before anything else can start it
     if recipe.runtime.threads is not None:
         torch.set_num_threads(recipe.runtime.threads)
     return {stage.name: _run_stage(stage, recipe) for stage in plan_stages(recipe)}
@@ -104,14 +106,14 @@ def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     evaluation = trainer.run()
     if stage.budget is None:
         if trainer.is_main:
-            save_weights(network, stage.folder / WEIGHTS)
+            save_weights(network, stage.folder / WEIGHTS_NAME)
     else:
         _calibrate(network, stage, recipe, trainer.device)
         evaluation = trainer.evaluate()
         if trainer.is_main:
             save_pretrained(network, stage.folder)
     metrics = trainer.write_metrics(evaluation)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     return metrics
 
 
@@ -141,14 +143,13 @@ def _dense_network(recipe: Recipe) -> nn.Module:
     if "dense" not in recipe.stages and recipe.model.checkpoint is not None:
         return build_network(recipe.model)
     folder = recipe.output / "dense"
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / WEIGHTS_NAME).is_file():
         raise RecipeError(
-            f"there is no dense network to start from: {folder / WEIGHTS} does not exist; "
+            f"there is no dense network to start from: {folder / WEIGHTS_NAME} does not exist; "
             "add dense to stages, or give the weights as model.checkpoint"
         )
-    unloaded = {"encoder_checkpoint": None, "checkpoint": None}
-    network = build_network(recipe.model.model_copy(update=unloaded))
-    load_weights(network, folder / WEIGHTS)
+    network = build_network(recipe.model.model_copy(update=WITHOUT_WEIGHTS))
+    load_weights(network, folder / WEIGHTS_NAME)
     return network
 
 
@@ -160,8 +161,12 @@ def _calibrate(network: nn.Module, stage: Stage, recipe: Recipe, device: torch.d
     count = min(len(data), size * stage.schedule.calibration_batches)
     # Spread over the data set: neighbours are often frames of one sequence.
     chosen = Subset(data, [i * len(data) // count for i in range(count)])
-    loader = DataLoader(chosen, batch_size=size)
-    calibrate(network, [batch["image"].to(device) for batch in loader], budgets=(stage.budget,))
+    layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
+    images = [
+        batch["image"].to(device, memory_format=layout)
+        for batch in DataLoader(chosen, batch_size=size)
+    ]
+    calibrate(network, images, budgets=(stage.budget,))
     set_budget(network, stage.budget)
 
 
@@ -170,16 +175,16 @@ def _calibrate(network: nn.Module, stage: Stage, recipe: Recipe, device: torch.d
 
 def _write_head(stage: Stage, recipe: Recipe) -> None:
     """Writes the recipe and the environment of a stage."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         stage.folder.mkdir(parents=True, exist_ok=True)
         write_json(stage.folder / "environment.json", environment())
         write_text(stage.folder / "recipe.yaml", recipe.to_yaml())
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
 
 
 def environment() -> dict[str, Any]:
     """Versions, source revision and machine of this process."""
-    state = PartialState()
+    state = process_state()
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},

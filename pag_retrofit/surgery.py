@@ -74,12 +74,10 @@ def remove(gated: nn.Module) -> nn.Module:
         PagError: The network is not gated.
     """
     state_of(gated)
-    for kind in (GatedBlock, GatedConv2d):  # blocks were built on top of gated convolutions
+    for kind in (GatedBlock, GatedConv2d):  # blocks may hold gated convolutions
         for path, module in list(gated.named_modules()):
-            if not isinstance(module, kind):
-                continue
-            parent, _, name = path.rpartition(".")
-            original = module.to_block() if kind is GatedBlock else module.to_conv()
-            setattr(gated.get_submodule(parent), name, original)
+            if isinstance(module, kind):
+                parent, _, name = path.rpartition(".")
+                setattr(gated.get_submodule(parent), name, module.ungated())
     del gated.pag_state
     return gated

@@ -6,40 +6,34 @@ killed and resumed ends with the weights of an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from pag_retrofit.annealing import Annealer
 from pag_retrofit.building import build_task, evaluation_data, save_weights, training_data
+from pag_retrofit.checkpoints import Checkpoints, Progress, write_json
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.evaluation import Evaluation, evaluate_network
-from pag_retrofit.gates import gate_parameters, state_of
+from pag_retrofit.gates import state_of
 from pag_retrofit.io import save_file
 from pag_retrofit.losses import expected_fraction, sparsity_loss
 from pag_retrofit.progress import StepDisplay
 from pag_retrofit.recipe import GatedSection, Recipe, Schedule
+from pag_retrofit.schedules import EpochSampler, one_cycle, parameter_groups
 
 logger = logging.getLogger(__name__)
-
-# Learning rates start at this share of their peak and end at the square of it, as a fraction.
-_START_SHARE = 1 / 25
-_END_SHARE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,107 +51,6 @@ class Stage:
     folder: Path
     schedule: Schedule
     budget: float | None = None
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint.
-
-    Attributes:
-        epoch: completed epochs.
-        batch: completed batches of the current epoch.
-        step: completed optimizer steps.
-        seconds: training time so far, all sessions together.
-        sums: sums of the losses over the batches of the current epoch, by name.
-        history: one record per epoch.
-        best: the record of the best evaluation.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-class EpochSampler(Sampler[int]):
-    """A random order of a data set that depends on (seed, epoch) only."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        """Each index once."""
-        generator = np.random.default_rng((self.seed, self.epoch))
-        return iter(generator.permutation(self.size).tolist())
-
-
-def one_cycle(step: int, total: int, warmup: float) -> float:
-    """Share of the peak learning rate in a one-cycle schedule (Smith & Topin, arXiv 1708.07120).
-
-    Rises from 1/25 to 1 over the warmup, then falls along a cosine to 4e-6.
-
-    Args:
-        step: optimizer steps done, from 0.
-        total: optimizer steps of the whole run.
-        warmup: share of the steps in which it rises.
-    """
-    rise = warmup * total
-    if step < rise:
-        return _START_SHARE + (1 - _START_SHARE) * (1 - math.cos(math.pi * step / rise)) / 2
-    fall = min(1.0, (step - rise) / max(1.0, total - 1 - rise))
-    low = _START_SHARE * _END_SHARE
-    return low + (1 - low) * (1 + math.cos(math.pi * fall)) / 2
-
-
-def parameter_groups(network: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
-    """Groups for the optimizer: encoder, gates and the rest, each with its peak learning rate."""
-    gates = {id(parameter) for parameter in gate_parameters(network)}
-    encoder = getattr(network, "encoder", None)
-    inner = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    gate_lr = schedule.gate_lr if isinstance(schedule, GatedSection) else schedule.lr
-    groups = [
-        {
-            "name": "encoder",
-            "params": [p for p in parameters if id(p) in inner - gates],
-            "peak_lr": schedule.encoder_lr or schedule.lr,
-        },
-        {
-            "name": "rest",
-            "params": [p for p in parameters if id(p) not in inner | gates],
-            "peak_lr": schedule.lr,
-        },
-        # No decay: it would pull decided gates back to undecided ones.
-        {
-            "name": "gates",
-            "params": [p for p in parameters if id(p) in gates],
-            "peak_lr": gate_lr,
-            "weight_decay": 0.0,
-        },
-    ]
-    return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
 
 
 class Trainer:
@@ -178,6 +71,7 @@ class Trainer:
         self.recipe = recipe
         self.progress = Progress()
         self.accelerator = _accelerator(recipe, stage)
+        self.checkpoints = Checkpoints(stage.folder / "checkpoints", self.accelerator)
         self.network = network.to(self.accelerator.device)
         if recipe.runtime.channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -212,6 +106,7 @@ class Trainer:
             self._clock = time.perf_counter()
             while self.progress.epoch < schedule.epochs:
                 self._run_epoch()
+                self._check_weights()
                 self.progress.epoch += 1
                 record = self._close_epoch()
                 evaluation = self.evaluate() if self._evaluation_due() else None
@@ -380,8 +275,14 @@ class Trainer:
         shown = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
         raise TrainingError(self._stopped(f"the loss is not finite ({shown})"))
 
+    def _check_weights(self) -> None:
+        """Looks at all weights, as a step after a finite loss can ruin them."""
+        for name, value in self.network.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise TrainingError(self._stopped(f"{name} is not finite"))
+
     def _stopped(self, reason: str) -> str:
-        checkpoint = _last_checkpoint(self.stage.folder)
+        checkpoint = self.checkpoints.last()
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet"
         return (
             f"stage {self.stage.name}: {reason} at step {self.progress.step + 1} "
@@ -437,7 +338,7 @@ class Trainer:
         if evaluation is not None:
             record |= evaluation.to_dict()
         progress.history.append(record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        numbers = {k: v for k, v in record.items() if isinstance(v, float) and k != "seconds"}
         self.accelerator.log(numbers, step=progress.step)
         self._display.note(numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
@@ -461,36 +362,18 @@ class Trainer:
     # Checkpoints -----------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """Writes a checkpoint under a temporary name, then renames it and removes older ones."""
+        """Writes a checkpoint, unless a weight is not finite."""
         now = time.perf_counter()
         self.progress.seconds += now - self._clock
         self._clock = now
-        if not all(torch.isfinite(p).all() for p in self.network.parameters()):
-            raise TrainingError(self._stopped("a weight is not finite"))
-        folder = self.stage.folder / "checkpoints"
-        final = folder / f"epoch-{self.progress.epoch:05d}-step-{self.progress.step:08d}"
-        temporary = final.with_name(f".{final.name}.partial")
-        if self.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            os.replace(temporary, final)
-            for old in folder.iterdir():
-                if old != final:
-                    shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        self._check_weights()
+        name = f"epoch-{self.progress.epoch:05d}-step-{self.progress.step:08d}"
+        self.checkpoints.save(name)
 
     def _resume(self) -> None:
-        checkpoint = _last_checkpoint(self.stage.folder)
-        if checkpoint is None:
-            return
-        self.accelerator.load_state(str(checkpoint))
-        if self.is_main:
+        checkpoint = self.checkpoints.load_last()
+        if checkpoint is not None and self.is_main:
             logger.info("%s: resumed from %s", self.stage.name, checkpoint)
-
 
 
 class _Forward(nn.Module):
@@ -513,26 +396,13 @@ def _accelerator(recipe: Recipe, stage: Stage) -> Accelerator:
         gradient_accumulation_steps=runtime.gradient_accumulation,
         log_with=list(runtime.trackers) or None,
         project_config=ProjectConfiguration(
-            project_dir=str(stage.folder), logging_dir=str(stage.folder)
+            project_dir=str(stage.folder), logging_dir=str(stage.folder / "tracking")
         ),
     )
     if runtime.trackers:
-        accelerator.init_trackers("tracking")
+        accelerator.init_trackers(recipe.name)
+    known = {tracker.name for tracker in accelerator.trackers}
+    missing = sorted(set(runtime.trackers) - known)
+    if accelerator.is_main_process and missing:
+        logger.warning("without trackers %s: not installed", ", ".join(missing))
     return accelerator
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a stage."""
-    return max((folder / "checkpoints").glob("epoch-*"), default=None)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

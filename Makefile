@@ -1,0 +1,43 @@
+# Two commands matter: `make demo` and `make test`. Each sets everything up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint sweep bench figures clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## create .venv and install the package with its development tools
+
+demo: $(STAMP)  ## train, retrofit and gate a small network on rendered scenes; save pictures
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## install and run all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sweep: $(STAMP)  ## the long tests over many networks
+	$(BIN)/python -m pytest -m sweep
+
+bench: $(STAMP)  ## the CamVid evidence: PAG_DATA and PAG_WEIGHTS name the data, about 90 minutes
+	$(BIN)/pag-retrofit finetune recipes/camvid_mobilenetv2.yaml
+	$(BIN)/python benchmarks/camvid.py runs/camvid_mobilenetv2
+	$(BIN)/python benchmarks/readme.py
+
+figures: $(STAMP)  ## write the tables of the README anew from benchmarks/results
+	$(BIN)/python benchmarks/readme.py
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
