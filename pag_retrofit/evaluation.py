@@ -28,7 +28,7 @@ from pag_retrofit.io import (
     from_pretrained,
     load_file,
 )
-from pag_retrofit.measurement import measure
+from pag_retrofit.measurement import Measurement, measure
 from pag_retrofit.recipe import ModelSection, Recipe
 from pag_retrofit.tasks import SegmentationTask
 
@@ -160,10 +160,8 @@ def evaluate_network(
             if is_gated(network):
                 with measure(network) as measured:
                     output = network(image)
-                part = [measured.fraction, *measured.open_rates.values()]
-                names = list(measured.open_rates)
-                values = torch.tensor([part] * len(image), device=image.device)
-                shares.add(names, _gather(values, accelerator))
+                values = _shares_of_images(measured).to(image.device)
+                shares.add(list(measured.masks), _gather(values, accelerator))
             else:
                 output = network(image)
             per_image = _gather(task.counts(output, batch), accelerator)
@@ -195,7 +193,7 @@ class _Shares:
     def add(self, names: list[str], values: Tensor) -> None:
         """Adds rows of (fraction, open rate of each gate), one per image."""
         self._names = names
-        total = values.double().sum(0).cpu()
+        total = values.sum(0).cpu()
         self._sum = total if self._sum is None else self._sum + total
         self._count += len(values)
 
@@ -205,6 +203,13 @@ class _Shares:
             return 1.0, {}
         fraction, *rates = (self._sum / self._count).tolist()
         return fraction, dict(zip(self._names, rates, strict=True))
+
+
+def _shares_of_images(measured: Measurement) -> Tensor:
+    """Compute fraction and open rate of each gate, (B, 1 + gates) float64, of a single pass."""
+    fractions = measured.compute_map.sum((1, 2)) * measured.images / measured.total_macs  # (B,)
+    rates = [mask.double().mean((1, 2, 3)) for mask in measured.masks.values()]
+    return torch.stack([fractions, *rates], dim=1)
 
 
 def _gather(values: Tensor, accelerator: Accelerator | None) -> Tensor:

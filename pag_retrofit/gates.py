@@ -52,6 +52,9 @@ class PixelGate(nn.Module):
         self.cost = cost
         self.site = site
         self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        # An adaptive optimiser moves every weight by about its learning rate, and so the logit by
+        # that times the channels: scaled, one learning rate suits gates of 16 and of 500 channels.
+        self.scale = channels**-0.5
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
         self.register_buffer("temperature", torch.ones(()), persistent=False)
@@ -62,7 +65,8 @@ class PixelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the site's input (B, C, H, W) to a float32 mask (B, 1, h, w) of zeros and ones."""
-        logits = F.conv2d(x, self.weight, self.bias, stride=self.cost.stride).float() + self.offset
+        weight = self.weight * self.scale
+        logits = F.conv2d(x, weight, self.bias, stride=self.cost.stride).float() + self.offset
         if self.override is not None:
             return self._forced(logits)
         if not self.training:

@@ -87,6 +87,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Stages = Annotated[tuple[Stage, ...], AfterValidator(_not_empty)]
 RetrofitFields = Annotated[dict[str, Any], AfterValidator(_retrofit_fields)]
 Size = tuple[Count, Count]
 Triple = tuple[float, float, float]
@@ -303,7 +304,11 @@ class Recipe(Section):
     name: str
     output: OutputPath
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: Annotated[tuple[Stage, ...], AfterValidator(_not_empty)] = ("dense", "reference", "gated")
+    stages: Annotated[tuple[Stage, ...], AfterValidator(_not_empty)] = (
+        "dense",
+        "reference",
+        "gated",
+    )
     model: ModelSection
     data: Annotated[CamVidSection | ScenesSection, Field(discriminator="name")]
     task: TaskSection = TaskSection()

@@ -82,14 +82,22 @@ class SegmentationTask:
         Raises:
             TrainingError: the logits do not fit the classes or the size of the labels.
         """
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
         label = batch["label"]
         self._check(output, label)
-        size = len(self.classes)
-        prediction = output.argmax(dim=1)  # (B, H, W)
-        image = torch.arange(len(label), device=label.device).view(-1, 1, 1)
-        cell = (image * size + label) * size + prediction
-        cell = cell[label != self.ignore_index]
-        return torch.bincount(cell, minlength=len(label) * size * size).view(-1, size, size)
+        return torch.stack(
+            [
+                multiclass_confusion_matrix(
+                    prediction,
+                    target,
+                    num_classes=len(self.classes),
+                    ignore_index=self.ignore_index,
+                    validate_args=False,
+                )
+                for prediction, target in zip(output.argmax(dim=1), label, strict=True)
+            ]
+        )
 
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of a data set.

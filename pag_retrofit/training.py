@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -121,6 +121,9 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Scores the network, as it is now, on the validation images."""
+        # Each process has statistics of its own images; what is scored and saved is one network.
+        for buffer in self.network.buffers():
+            broadcast(buffer)
         return evaluate_network(
             self.network,
             self.val_loader,

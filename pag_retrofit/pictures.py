@@ -1,0 +1,412 @@
+"""Pictures: predictions with compute maps, open rates per layer, metric against compute.
+
+Drawn with matplotlib's object-oriented interface on the Agg canvas: no display, no global state.
+All are 9 inches wide, that is 900 pixels in a README, and saved at 1.5 times that resolution.
+Nothing in this module is imported by `import pag_retrofit`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.measurement import Measurement
+
+DOTS_PER_INCH = 150
+_WIDTH = 9.0
+_SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_COMPUTE_COLOURS = "viridis"
+_VOID = (64, 64, 64)
+_INK, _FAINT, _TRACK = "#222222", "#767676", "#ececec"
+
+# Inches of the panel, so that each image lands on whole, known places.
+_MARGIN, _GAP, _TITLE, _HEAD = 0.08, 0.06, 0.34, 0.26
+_LEGEND_COLUMNS, _LEGEND_LINE = 6, 0.2
+_COLUMNS = ("image", "label", "prediction", "compute")
+
+
+def relative_compute_map(measured: Measurement) -> Tensor:
+    """Compute of each input pixel as a fraction of what the original network spends per pixel.
+
+    Args:
+        measured: Of forward passes whose inputs all had the size of the last one.
+
+    Returns:
+        (B, H, W) float64 for the last forward pass; its mean is that pass's compute fraction.
+
+    Raises:
+        PagError: Nothing was measured.
+    """
+    compute = measured.compute_map
+    dense = measured.total_macs / (measured.images * compute.shape[1] * compute.shape[2])
+    return compute / dense
+
+
+def prediction_panel(
+    image: Tensor,
+    label: Tensor,
+    prediction: Tensor,
+    compute_map: Tensor,
+    *,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    title: str = "",
+) -> Figure:
+    """Draw a row per sample: image, label, prediction, and where the compute went.
+
+    The colours of the compute maps mean the same in all rows: they span the values of all maps,
+    rounded outwards to 5 points. A map's mean stands in its corner.
+
+    Args:
+        image: (B, 3, H, W) float in [0, 1], not normalised.
+        label: (B, H, W) int64; values outside the classes are void and drawn dark grey.
+        prediction: (B, H, W) int64.
+        compute_map: (B, H, W) float, fraction of dense compute; see `relative_compute_map`.
+        palette: (num_classes, 3) uint8 RGB.
+        classes: Names for the legend.
+        title: Above the panel; default none.
+
+    Raises:
+        PagError: The shapes do not fit each other, or palette and classes do not.
+    """
+    _check_panel(image, (label, prediction, compute_map), palette, classes)
+    label, prediction, compute_map = (part.cpu() for part in (label, prediction, compute_map))
+    rows, height, width = label.shape
+    side = (_WIDTH - 2 * _MARGIN - 3 * _GAP) / 4
+    tall = side * height / width
+    void = bool(_is_void(label, len(classes)).any() or _is_void(prediction, len(classes)).any())
+    patches = _legend_patches(palette, classes, void)
+    foot = max(0.5, 0.15 + _LEGEND_LINE * -(-len(patches) // _LEGEND_COLUMNS))
+    head = _HEAD + (_TITLE if title else 0)
+    total = head + rows * (tall + _GAP) + foot
+    figure = _figure(total)
+    if title:
+        _title(figure, title, total)
+    scale = _common_scale(compute_map)
+    for row in range(rows):
+        pictures = (
+            image[row].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(),
+            _coloured(label[row], palette),
+            _coloured(prediction[row], palette),
+            compute_map[row].numpy(),
+        )
+        bottom = total - head - row * (tall + _GAP) - tall
+        for column, picture in enumerate(pictures):
+            left = _MARGIN + column * (side + _GAP)
+            axes = _axes(figure, (left, bottom, side, tall), total)
+            # Labels are not to be mixed where they are scaled down.
+            kind = "nearest" if column in (1, 2) else "auto"
+            axes.imshow(
+                picture, cmap=_COMPUTE_COLOURS, norm=scale, interpolation=kind, aspect="auto"
+            )
+            if row == 0:
+                heading = "compute (% of dense)" if column == 3 else _COLUMNS[column]
+                axes.set_title(heading, fontsize=9, color=_INK, pad=4)
+        _note_mean(axes, float(compute_map[row].double().mean()))
+    figure.legend(
+        handles=patches,
+        loc="upper left",
+        bbox_to_anchor=((_MARGIN - 0.05) / _WIDTH, (foot - 0.02) / total),
+        ncols=_LEGEND_COLUMNS,
+        fontsize=8,
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.2,
+        borderpad=0.2,
+        labelcolor=_INK,
+    )
+    bar = _axes(figure, (_MARGIN + 3 * (side + _GAP) + 0.1, foot - 0.16, side - 0.2, 0.1), total)
+    _colour_bar(figure, bar, scale)
+    return figure
+
+
+def open_rates_chart(
+    open_rates: Mapping[str, float], shares: Mapping[str, float], *, title: str = ""
+) -> Figure:
+    """Draw how much of each site stays open, beside its share of the network's MACs.
+
+    Sites stand in the order given, under the first part of their name where several share it.
+
+    Args:
+        open_rates: Site -> mean of its mask, in [0, 1].
+        shares: Site -> fraction of the original network's MACs, in [0, 1].
+        title: Above the chart; default none.
+
+    Raises:
+        PagError: There is no site, or a site has no share.
+    """
+    missing = [site for site in open_rates if site not in shares]
+    if missing or not open_rates:
+        raise PagError(
+            f"open_rates has {len(open_rates)} sites, shares lacks {missing[:5]}: expected at "
+            "least one site and a share of each, such as those of the plan"
+        )
+    lines = _grouped_lines(list(open_rates))
+    top, bottom, pitch = (0.62 if title else 0.34), 0.42, 0.17
+    total = top + len(lines) * pitch + bottom
+    figure = _figure(total)
+    if title:
+        _title(figure, title, total)
+    high = len(lines) * pitch
+    rates = _axes(figure, (2.2, bottom, 4.3, high), total)
+    weights = _axes(figure, (6.85, bottom, 1.75, high), total)
+    sites = [(place, site, colour) for place, (_, site, colour) in enumerate(lines) if site]
+    places = [place for place, _, _ in sites]
+    colours = [colour for _, _, colour in sites]
+    open_values = [100 * open_rates[site] for _, site, _ in sites]
+    share_values = [100 * shares[site] for _, site, _ in sites]
+    rates.barh(places, [100.0] * len(sites), height=0.72, color=_TRACK)
+    rates.barh(places, open_values, height=0.72, color=colours)
+    weights.barh(places, share_values, height=0.72, color=colours, alpha=0.55)
+    for axes, limit, heading in (
+        (rates, 100.0, "open rate (%)"),
+        (weights, 1.05 * max(max(share_values), 1e-6), "share of MACs (%)"),
+    ):
+        axes.set_xlim(0, limit)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.tick_params(bottom=True, labelbottom=True, labelsize=8, color=_FAINT, length=2)
+        axes.set_title(heading, fontsize=9, color=_INK, pad=4, loc="left")
+    for place, value in zip(places, open_values, strict=True):
+        inside = value > 12
+        rates.text(
+            value + (-0.8 if inside else 0.8),
+            place,
+            f"{value:.0f}",
+            ha="right" if inside else "left",
+            va="center_baseline",
+            fontsize=7,
+            color="white" if inside else _INK,
+        )
+    for place, (text, site, colour) in enumerate(lines):
+        rates.text(
+            -1.2 if site else -44,
+            place,
+            text,
+            ha="right" if site else "left",
+            va="center_baseline",
+            fontsize=8,
+            color=_INK if site else colour,
+            fontweight="normal" if site else "bold",
+        )
+    return figure
+
+
+def tradeoff_chart(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    reference: Mapping[str, float],
+    *,
+    metric: str = "mIoU",
+    title: str = "",
+) -> Figure:
+    """Draw a metric against the measured compute fraction.
+
+    Args:
+        points: Series -> (compute fraction, metric) of each network.
+        reference: Dense network -> metric; dashed lines over the whole width.
+        metric: Name on the axis; default `"mIoU"`.
+        title: Above the chart; default none.
+
+    Raises:
+        PagError: There is no point.
+    """
+    if not any(points.values()):
+        raise PagError(f"points={dict(points)!r}: expected at least one (fraction, metric)")
+    total = 4.3 + (_TITLE if title else 0)
+    figure = _figure(total)
+    if title:
+        _title(figure, title, total)
+    axes = _axes(figure, (0.75, 0.6, 6.15, 3.5), total)
+    axes.tick_params(bottom=True, labelbottom=True, left=True, labelleft=True, labelsize=9)
+    for side in ("left", "bottom"):
+        axes.spines[side].set(visible=True, color=_FAINT)
+    axes.grid(color=_TRACK, linewidth=0.8)
+    axes.set_axisbelow(True)
+    names: list[tuple[float, str, str]] = []
+    for (name, series), colour in zip(points.items(), cycle(_SERIES), strict=False):
+        ordered = sorted(series)
+        fractions, values = [100 * f for f, _ in ordered], [value for _, value in ordered]
+        axes.plot(fractions, values, marker="o", markersize=6, linewidth=1.8, color=colour)
+        for fraction, value in zip(fractions, values, strict=True):
+            axes.annotate(
+                f"{value:.3f}",
+                (fraction, value),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=colour,
+            )
+        names.append((values[-1], name, colour)) if values else None
+    for name, value in reference.items():
+        axes.axhline(value, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+        names.append((value, f"{name} {value:.3f}", _FAINT))
+    fractions = [100 * fraction for series in points.values() for fraction, _ in series]
+    axes.set_xlim(max(0.0, min(fractions) - 8), 102)
+    axes.margins(y=0.18)
+    axes.set_xlabel("measured compute (% of the dense network's MACs)", fontsize=9, color=_INK)
+    axes.set_ylabel(metric, fontsize=9, color=_INK)
+    _name_lines(axes, names)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure whole or not at all; missing folders are made.
+
+    Args:
+        figure: Of this module or any other.
+        path: The suffix names the format: `.png`, `.svg`, `.pdf`, ...
+
+    Raises:
+        PagError: matplotlib cannot write the format.
+    """
+    target = Path(path)
+    known = FigureCanvasAgg.get_supported_filetypes()
+    kind = target.suffix[1:].lower()
+    if kind not in known:
+        raise PagError(f"{target}: expected a suffix out of {sorted(known)}, such as .png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _figure(height: float) -> Figure:
+    """An empty figure of the common width, in inches."""
+    figure = Figure(figsize=(_WIDTH, height), dpi=DOTS_PER_INCH, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, box: tuple[float, float, float, float], height: float) -> Axes:
+    """Bare axes at (left, bottom, width, height) in inches."""
+    left, bottom, wide, tall = box
+    place = (left / _WIDTH, bottom / height, wide / _WIDTH, tall / height)
+    axes = figure.add_axes(place, facecolor="white")
+    axes.tick_params(
+        left=False, bottom=False, labelleft=False, labelbottom=False, labelcolor=_INK, color=_FAINT
+    )
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _title(figure: Figure, title: str, height: float) -> None:
+    figure.text(
+        _MARGIN / _WIDTH, 1 - 0.1 / height, title, fontsize=11, va="top", color=_INK, weight="bold"
+    )
+
+
+def _check_panel(
+    image: Tensor, maps: tuple[Tensor, ...], palette: np.ndarray, classes: Sequence[str]
+) -> None:
+    if image.dim() != 4 or image.shape[1] != 3 or not len(image):
+        raise PagError(f"image has shape {tuple(image.shape)}: expected (B, 3, H, W)")
+    expected = (image.shape[0], *image.shape[2:])
+    for name, part in zip(("label", "prediction", "compute_map"), maps, strict=True):
+        if tuple(part.shape) != expected:
+            raise PagError(
+                f"{name} has shape {tuple(part.shape)}: expected {expected}, as image is "
+                f"{tuple(image.shape)}"
+            )
+    if palette.shape != (len(classes), 3):
+        raise PagError(
+            f"palette has shape {palette.shape}: expected ({len(classes)}, 3), a colour for each "
+            f"of {list(classes)}"
+        )
+
+
+def _is_void(label: Tensor, classes: int) -> Tensor:
+    return (label < 0) | (label >= classes)
+
+
+def _coloured(label: Tensor, palette: np.ndarray) -> np.ndarray:
+    """Colours (H, W, 3) uint8 of a label map (H, W)."""
+    table = np.vstack([palette, _VOID]).astype(np.uint8)
+    void = len(palette)
+    return np.asarray(table[label.masked_fill(_is_void(label, void), void).numpy()])
+
+
+def _legend_patches(palette: np.ndarray, classes: Sequence[str], void: bool) -> list[Patch]:
+    named = list(zip(classes, palette, strict=True))
+    if void:
+        named.append(("void", np.array(_VOID)))
+    return [Patch(facecolor=colour / 255, label=name) for name, colour in named]
+
+
+def _common_scale(compute_map: Tensor) -> Normalize:
+    """From the smallest to the largest value in steps of 0.05, at least 0.1 apart."""
+    values = compute_map.double()
+    low = np.floor(float(values.min()) * 20 + 1e-6) / 20
+    high = np.ceil(float(values.max()) * 20 - 1e-6) / 20
+    return Normalize(max(0.0, min(low, high - 0.1)), max(high, low + 0.1))
+
+
+def _note_mean(axes: Axes, mean: float) -> None:
+    axes.text(
+        0.97,
+        0.04,
+        f"mean {mean:.0%}",
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="white",
+        bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def _colour_bar(figure: Figure, axes: Axes, scale: Normalize) -> None:
+    bar = figure.colorbar(ScalarMappable(scale, _COMPUTE_COLOURS), axes, orientation="horizontal")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    low, high = float(scale.vmin or 0.0), float(scale.vmax or 1.0)
+    ticks = np.linspace(low, high, 3)
+    bar.set_ticks(list(ticks), labels=[f"{100 * tick:.3g}" for tick in ticks])
+    axes.tick_params(bottom=True, labelbottom=True, labelsize=8, length=2, pad=2, color=_FAINT)
+
+
+def _grouped_lines(sites: list[str]) -> list[tuple[str, str, str]]:
+    """Lines of the chart as (text, site or "" for a heading, colour), groups together."""
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.partition(".")[0], []).append(site)
+    lines = []
+    for (group, members), colour in zip(groups.items(), cycle(_SERIES), strict=False):
+        if len(members) == 1:
+            lines.append((members[0], members[0], colour))
+            continue
+        lines.append((group, "", colour))
+        lines += [(site.partition(".")[2] or site, site, colour) for site in members]
+    return lines
+
+
+def _name_lines(axes: Axes, names: list[tuple[float, str, str]]) -> None:
+    """Write names to the right of the axes at their values, pushed apart where they overlap."""
+    low, high = axes.get_ylim()
+    least = 0.055 * (high - low)
+    place = -np.inf
+    for value, name, colour in sorted(names):
+        place = max(value, place + least)
+        axes.text(
+            1.015,
+            (place - low) / (high - low),
+            name,
+            transform=axes.transAxes,
+            va="center",
+            fontsize=9,
+            color=colour,
+        )

@@ -1,0 +1,45 @@
+"""The README's code runs as printed, and its figures are those of benchmarks/results."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_generator():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    images = torch.rand(1, 3, 64, 64)
+    names = {"batches": [images], "images": images}
+    exec(compile(code, "README.md", "exec"), names)
+    assert torch.equal(names["again"](images), names["gated"](images))
+
+
+def test_the_figures_are_those_of_the_results():
+    for path, text in load_generator().render().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make figures"
+
+
+def test_a_missing_marker_is_named():
+    with pytest.raises(ValueError, match="camvid-table:begin"):
+        load_generator().replace_block("no markers here", "camvid-table", "x")
+
+
+def test_pictures_of_the_pages_exist():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).is_file(), f"{page.name} shows {link}, which is not there"

@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from pag_retrofit import from_pretrained
+from pag_retrofit.building import build_network, save_weights
+from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
+from pag_retrofit.evaluation import evaluate_file
+from pag_retrofit.recipe import Recipe, load_recipe
+from pag_retrofit.schedules import EpochSampler, one_cycle, parameter_groups
+from pag_retrofit.stages import finetune
+from pag_retrofit.tasks import SegmentationTask
+
+RECIPE = """\
+name: tiny
+output: {output}
+stages: [dense]
+model:
+  name: Unet
+  arguments: {{encoder_name: resnet18, decoder_channels: [16, 16, 8, 8, 8], classes: 6}}
+data: {{name: scenes, train_count: 7, val_count: 3, size: [64, 64], crop: [64, 64],
+       batch_size: 2, eval_batch_size: 2}}
+dense: {{epochs: 2, lr: 1e-3}}
+gated: {{epochs: 2, lr: 1e-3, gate_lr: 0.1, budgets: [0.8], calibration_batches: 2}}
+runtime: {{trackers: [], channels_last: false}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def recipe(*overrides: str, output: str = "out") -> Recipe:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(RECIPE.format(output=tmp_path / output))
+        return load_recipe(path, overrides)
+
+    return recipe
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def each_batch(action):
+    """Multiplies the loss of batch 1, 2, ... by what a function makes of this number."""
+    original = SegmentationTask.loss
+    numbers = itertools.count(1)
+
+    def loss(self, output, batch):
+        return original(self, output, batch) * action(next(numbers))
+
+    with mock.patch.object(SegmentationTask, "loss", loss):
+        yield
+
+
+def kill_at(number):
+    def action(count):
+        if count == number:
+            raise Killed
+        return 1.0
+
+    return action
+
+
+def without_times(metrics):
+    metrics = json.loads(json.dumps(metrics))
+    for record in [metrics, metrics["final"], metrics["best"] or {}, *metrics["history"]]:
+        record.pop("seconds", None)
+    return metrics
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = load_tensors(first), load_tensors(second)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+# What a stage leaves -----------------------------------------------------------------------------
+
+
+def test_dense_stage_writes_its_results_and_is_skipped_when_complete(recipe, caplog):
+    tiny = recipe("runtime.trackers=[tensorboard]")
+    with caplog.at_level(logging.INFO, "pag_retrofit"):
+        metrics = finetune(tiny)["dense"]
+    folder = tiny.output / "dense"
+    assert metrics["complete"] and len(metrics["history"]) == 2
+    assert metrics["steps"] == 2 * 3  # 7 images, batches of 2, the rest dropped
+    assert metrics == json.loads((folder / "metrics.json").read_text())
+    assert metrics["final"]["images"] == 3
+    assert metrics["best"]["miou"] == max(record["miou"] for record in metrics["history"])
+    assert load_recipe(folder / "recipe.yaml") == tiny
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["threads"] >= 1
+    assert list((folder / "tracking").rglob("events.*"))
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    epochs = [r.message for r in caplog.records if "dense: epoch" in r.message]
+    assert len(epochs) == 2 and "loss" in epochs[0] and "miou" in epochs[0]
+    assert evaluate_file(folder, tiny).metrics["miou"] == metrics["final"]["miou"]
+    best = evaluate_file(folder / "best.safetensors", tiny)
+    assert best.metrics["miou"] == metrics["best"]["miou"]
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "pag_retrofit"), each_batch(kill_at(1)):
+        assert finetune(tiny)["dense"] == metrics
+    assert "complete, skipped" in caplog.text
+
+
+def test_gated_stage_meets_its_budget_and_can_be_loaded(recipe):
+    tiny = recipe("stages=[dense, reference, gated]", "dense.epochs=1")
+    results = finetune(tiny)
+    assert list(results) == ["dense", "reference", "gated-0.80"]
+    gated = results["gated-0.80"]
+    assert gated["steps"] == results["reference"]["steps"]
+    assert gated["budget"] == 0.8
+    assert abs(gated["final"]["fraction"] - 0.8) < 0.1  # on other images than calibrated
+    assert all(0 <= rate <= 1 for rate in gated["final"]["open_rates"].values())
+    assert 0 < gated["floor"] < 0.8
+    last = gated["history"][-1]
+    assert last["rho"] == pytest.approx(0.8) and last["tau"] == pytest.approx(0.1)
+    assert {"task_loss", "sparsity_loss", "expected_fraction"} <= last.keys()
+    loaded = from_pretrained(tiny.output / "gated-0.80")
+    assert type(loaded).__name__ == "Unet"
+    again = evaluate_file(tiny.output / "gated-0.80", tiny, budget=0.8).to_dict()
+    assert without_times({**gated, "final": again})["final"] == without_times(gated)["final"]
+
+
+def test_reference_and_gated_start_from_the_dense_result(recipe):
+    finetune(recipe("dense.epochs=1"))
+    settings = ("stages=[reference, gated]", "gated.lr=1e-12", "gated.gate_lr=1e-12",
+                "gated.epochs=1", "gated.freeze_norm=true", "dense.epochs=1",
+                "gated.sparsity.kind=layer")  # fmt: skip
+    tiny = recipe(*settings)
+    finetune(tiny)
+    dense = load_tensors(tiny.output / "dense" / "model.safetensors")
+    for name in ("reference", "gated-0.80"):
+        tuned = load_tensors(tiny.output / name / "model.safetensors")
+        assert dense.keys() <= tuned.keys()
+        for key, value in dense.items():
+            torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+def test_without_a_dense_network_there_is_nothing_to_gate(recipe):
+    with pytest.raises(RecipeError, match="no dense network to start from.*model.checkpoint"):
+        finetune(recipe("stages=[gated]"))
+
+
+def test_gated_stage_can_start_from_a_checkpoint(recipe, tmp_path):
+    network = build_network(recipe().model)
+    save_weights(network, tmp_path / "whole.safetensors")
+    overrides = ["stages=[gated]", "gated.epochs=1"]
+    path = tmp_path / "whole.safetensors"
+    metrics = finetune(recipe(*overrides, f"model.checkpoint={path}"))["gated-0.80"]
+    assert metrics["complete"]
+
+
+def test_results_of_another_recipe_are_not_overwritten(recipe):
+    finetune(recipe("dense.epochs=1"))
+    with pytest.raises(RecipeError, match=r"dense.lr: 0.001 there, 0.1 here.*another output"):
+        finetune(recipe("dense.epochs=1", "dense.lr=0.1"))
+    # What has no effect on the stage may differ.
+    finetune(recipe("dense.epochs=1", "gated.lr=0.1", "runtime.threads=1", "data.workers=1"))
+
+
+# Exact resume ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("dense", []),
+        ("dense", ["runtime.gradient_accumulation=2", "runtime.mixed_precision=bf16"]),
+        ("dense", ["data.workers=1", "runtime.channels_last=true"]),
+        ("gated-0.80", []),
+    ],
+    ids=["dense", "accumulation and bf16", "workers", "gated"],
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one(recipe, tmp_path, stage, settings):
+    settings = [*settings, "data.train_count=9", "runtime.checkpoint_every=1"]
+    if stage != "dense":
+        save_weights(build_network(recipe().model), tmp_path / "whole.safetensors")
+        path = tmp_path / "whole.safetensors"
+        settings += ["stages=[gated]", f"model.checkpoint={path}"]
+    whole = recipe(*settings, output="whole")
+    expected = finetune(whole)[stage]
+
+    resumed = recipe(*settings, output="killed")
+    for _ in range(2):  # epochs have 4 batches: inside the first epoch, then inside the second
+        with each_batch(kill_at(4)), pytest.raises(Killed):
+            finetune(resumed)
+        torch.manual_seed(99)
+    result = finetune(resumed)[stage]
+
+    assert without_times(result) == without_times(expected)
+    for name in ("model.safetensors", "best.safetensors"):
+        if (whole.output / stage / name).exists():
+            assert_same_weights(whole.output / stage / name, resumed.output / stage / name)
+
+
+def test_another_seed_gives_other_weights(recipe):
+    """Else the tests above would prove nothing."""
+    first, second = recipe(output="a"), recipe("seed=1", output="b")
+    finetune(first), finetune(second)
+    with pytest.raises(AssertionError):
+        assert_same_weights(*(r.output / "dense" / "model.safetensors" for r in (first, second)))
+
+
+def test_only_the_last_checkpoint_is_kept_and_partial_ones_are_ignored(recipe):
+    tiny = recipe("runtime.checkpoint_every=1")
+    folder = tiny.output / "dense" / "checkpoints"
+    with each_batch(kill_at(3)), pytest.raises(Killed):
+        finetune(tiny)
+    assert [path.name for path in folder.iterdir()] == ["epoch-00000-step-00000002"]
+    partial = folder / ".epoch-00000-step-00000003.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"cut off")
+    finetune(tiny)
+    assert [path.name for path in folder.iterdir()] == ["epoch-00002-step-00000006"]
+
+
+@pytest.mark.sweep
+def test_two_processes_train_and_score_one_network(recipe, tmp_path):
+    tiny = recipe("stages=[dense, gated]", "dense.epochs=1", "data.batch_size=1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "pag_retrofit", "finetune", str(tmp_path / "tiny.yaml")]
+    command += ["stages=[dense, gated]", "dense.epochs=1", "data.batch_size=1"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("dense: epoch 1/1") == 1
+    for stage in ("dense", "gated-0.80"):
+        metrics = json.loads((tiny.output / stage / "metrics.json").read_text())
+        assert metrics["final"]["images"] == 3  # one is repeated to even out the processes
+        assert metrics["steps"] == len(metrics["history"]) * 3
+        again = evaluate_file(tiny.output / stage, tiny)
+        assert again.metrics["miou"] == pytest.approx(metrics["final"]["miou"], rel=1e-6)
+        assert again.fraction == pytest.approx(metrics["final"]["fraction"], rel=1e-6)
+
+
+# Training that goes wrong ------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(recipe):
+    tiny = recipe()
+    message = r"dense: the loss is not finite.*step 5 \(epoch 2"
+    with each_batch(lambda number: math.nan if number == 5 else 1.0):
+        with pytest.raises(TrainingError, match=message):
+            finetune(tiny)
+    (checkpoint,) = (tiny.output / "dense" / "checkpoints").iterdir()
+    assert checkpoint.name == "epoch-00001-step-00000003"
+    weights = load_tensors(checkpoint / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not json.loads((tiny.output / "dense" / "metrics.json").read_text())["complete"]
+    assert not (tiny.output / "dense" / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(recipe, monkeypatch):
+    step = torch.optim.AdamW.step
+    count = 0
+
+    def ruin(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        step(self, *args, **kwargs)
+        if count == 6:  # the last step of the last epoch: no further loss would tell
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    tiny = recipe()
+    with pytest.raises(TrainingError, match="is not finite"):
+        finetune(tiny)
+    (checkpoint,) = (tiny.output / "dense" / "checkpoints").iterdir()
+    assert checkpoint.name == "epoch-00001-step-00000003"
+
+
+def test_too_few_images_for_a_batch(recipe):
+    with pytest.raises(TrainingError, match="7 training images do not fill one batch of 8"):
+        finetune(recipe("data.batch_size=8"))
+
+
+def test_wrong_number_of_classes(recipe):
+    with pytest.raises(TrainingError, match="model.arguments"):
+        finetune(recipe("model.arguments.classes=5"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")
+def test_half_precision_needs_a_gpu(recipe):
+    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+        finetune(recipe("runtime.mixed_precision=fp16"))
+
+
+# Pretrained encoders -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tu-mobilenetv2_050"])
+def test_encoder_weights_are_loaded_with_or_without_prefix(recipe, tmp_path, name, caplog):
+    settings = f"model.arguments.encoder_name={name}"
+    donor = build_network(recipe(settings).model)
+    weights = {
+        key.removeprefix("model."): value.clone()
+        for key, value in donor.encoder.state_dict().items()
+    }
+    path = tmp_path / "encoder.safetensors"
+    save_tensors({**weights, "classifier.weight": torch.zeros(3)}, path)
+    torch.manual_seed(1)
+    with caplog.at_level(logging.INFO, "pag_retrofit"):
+        network = build_network(recipe(settings, f"model.encoder_checkpoint={path}").model)
+    assert "classifier.weight" in caplog.text
+    own = network.encoder.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in donor.encoder.state_dict().items())
+
+
+def test_encoder_weights_that_do_not_fit_are_named(recipe, tmp_path):
+    weights = build_network(recipe().model).encoder.state_dict()
+    path = tmp_path / "encoder.safetensors"
+    model = recipe().model.model_copy(update={"encoder_checkpoint": path})
+
+    save_tensors({k: v for k, v in weights.items() if k != "conv1.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"1 missing \(conv1.weight\)"):
+        build_network(model)
+    save_tensors({**weights, "conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
+    with pytest.raises(CheckpointError, match=r"conv1.weight \(64, 1, 7, 7\) instead of"):
+        build_network(model)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        build_network(model)
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 2, 10, 100])
+def test_one_cycle(total):
+    shares = [one_cycle(step, total, 0.1) for step in range(total)]
+    assert all(0 < share <= 1 for share in shares)
+    if total >= 10:
+        assert max(shares) == pytest.approx(1.0, abs=0.02)
+        assert shares[0] == pytest.approx(1 / 25)
+        assert shares[-1] < 1e-3
+        peak = shares.index(max(shares))
+        assert shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
+def test_sampler_depends_on_seed_and_epoch():
+    sampler = EpochSampler(20, seed=0)
+    first = list(sampler)
+    assert sorted(first) == list(range(20)) == sorted(range(len(sampler)))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(EpochSampler(20, seed=1)) != first
+
+
+def test_each_parameter_is_in_one_group(recipe):
+    import pag_retrofit as pag
+
+    tiny = recipe("gated.encoder_lr=1e-4")
+    assert tiny.gated is not None
+    network = build_network(tiny.model)
+    gated = pag.retrofit(network, 0.8, example_input=(1, 3, 64, 64), inplace=True)
+    groups = {group["name"]: group for group in parameter_groups(gated, tiny.gated)}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "encoder": 1e-4, "rest": 1e-3, "gates": 0.1,
+    }  # fmt: skip
+    assert groups["gates"]["weight_decay"] == 0
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert len(ids) == len(set(ids)) == len(list(gated.parameters()))
+
+
+def test_frozen_norms_keep_their_statistics(recipe):
+    tiny = recipe("dense.freeze_norm=true", "dense.epochs=1")
+    finetune(tiny)
+    torch.manual_seed(0)
+    tensors = load_tensors(tiny.output / "dense" / "model.safetensors")
+    assert all(v.eq(0).all() for k, v in tensors.items() if k.endswith("running_mean"))
+    assert all(v.eq(1).all() for k, v in tensors.items() if k.endswith("running_var"))

@@ -1,0 +1,300 @@
+"""What training and calibration steer by: losses, annealing, operating points."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from conftest import Pair
+from networks import CustomNet, randomize
+from torch import nn
+
+import pag_retrofit as pag
+from pag_retrofit.gates import named_gates
+
+SHAPE = (2, 3, 32, 32)
+
+
+@pytest.fixture
+def gated() -> nn.Module:
+    config = pag.RetrofitConfig(min_share=0.0)
+    model = randomize(CustomNet()).eval()
+    return pag.retrofit(model, 0.7, example_input=SHAPE, config=config)
+
+
+@torch.no_grad()
+def shuffle_gates(gated: nn.Module, scale: float, seed: int = 0) -> None:
+    """Random gates that tell pixels apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, gate in named_gates(gated):
+        channels = gate.weight.shape[1]
+        noise = torch.randn(gate.weight.shape, generator=generator)
+        gate.weight.copy_(scale * noise / math.sqrt(channels))
+        gate.bias.zero_()
+
+
+def set_probability(gated: nn.Module, probability: float) -> None:
+    for _, gate in named_gates(gated):
+        gate.weight.data.zero_()
+        gate.bias.data.fill_(math.log(probability / (1 - probability)))
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def test_expected_fraction_is_the_measured_one_when_gates_are_sure(pair: Pair) -> None:
+    gated = pair.fresh().train()
+    shuffle_gates(gated, 1e5)
+    with torch.no_grad(), pag.measure(gated) as m:
+        gated(pair.x)
+    sure = [
+        torch.minimum(g.last_probability, 1 - g.last_probability).mean()
+        for _, g in named_gates(gated)
+    ]
+    assert max(sure) < 1e-3
+    assert pag.expected_fraction(gated).item() == pytest.approx(m.fraction, abs=2e-3)
+    assert pair.plan.floor + 0.01 < m.fraction < 1
+
+
+@pytest.mark.parametrize(("bias", "closed"), [(20.0, False), (-20.0, True)])
+def test_expected_fraction_at_the_ends(gated: nn.Module, bias: float, closed: bool) -> None:
+    for _, gate in named_gates(gated):
+        gate.bias.data.fill_(bias)
+    gated.train()
+    with pag.measure(gated) as m:
+        gated(torch.randn(SHAPE))
+    assert pag.expected_fraction(gated).item() == pytest.approx(m.fraction, abs=1e-6)
+    assert (m.fraction == pytest.approx(gated.pag_state.floor)) == closed
+
+
+@pytest.mark.parametrize("kind", ["global", "layer"])
+@pytest.mark.parametrize(("rho", "sign"), [(0.5, 1), (1.0, -1)])
+def test_losses_push_towards_the_target(
+    gated: nn.Module, kind: str, rho: float, sign: int
+) -> None:
+    """Too much compute: a falling loss closes gates; too little: it opens them."""
+    set_probability(gated, 0.8)
+    gated.pag_state.rho = rho
+    gated.train()(torch.randn(SHAPE))
+    pag.sparsity_loss(gated, kind).backward()
+    for _, gate in named_gates(gated):
+        assert gate.bias.grad.item() * sign > 0
+
+
+def test_layer_loss_is_zero_only_at_its_target(gated: nn.Module) -> None:
+    state = gated.pag_state
+    state.rho = 0.7
+    rate = (state.rho - state.floor) / (1 - state.floor)
+    losses = []
+    for probability in (rate, rate + 0.1, rate - 0.1):
+        set_probability(gated, probability)
+        gated.train()(torch.randn(SHAPE))
+        losses.append(pag.sparsity_loss(gated, "layer").item())
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    gates = len(list(named_gates(gated)))
+    for loss, q in zip(losses[1:], (rate + 0.1, rate - 0.1), strict=True):
+        kl = rate * math.log(rate / q) + (1 - rate) * math.log((1 - rate) / (1 - q))
+        assert loss == pytest.approx(gates * kl, rel=1e-3)
+
+
+def test_global_loss_is_the_squared_distance_over_the_span(gated: nn.Module) -> None:
+    set_probability(gated, 0.6)
+    gated.train()(torch.randn(SHAPE))
+    state = gated.pag_state
+    fraction = pag.expected_fraction(gated).item()
+    state.rho = fraction
+    assert pag.sparsity_loss(gated).item() == pytest.approx(0, abs=1e-10)
+    state.rho = fraction - 0.1
+    expected = (0.1 / (1 - state.floor)) ** 2
+    assert pag.sparsity_loss(gated).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["global", "layer"])
+def test_descending_the_loss_alone_reaches_the_target(gated: nn.Module, kind: str) -> None:
+    gated.pag_state.rho = 0.7
+    gated.train()
+    optimizer = torch.optim.Adam(pag.gate_parameters(gated), lr=0.3)
+    x = torch.randn(SHAPE)
+    for _ in range(60):
+        gated(x)
+        loss = pag.sparsity_loss(gated, kind)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gated(x)
+    tolerance = 0.02 if kind == "global" else 0.1  # the layer form does not know halos
+    assert pag.expected_fraction(gated).item() == pytest.approx(0.7, abs=tolerance)
+
+
+def test_temperature_sharpens_the_expected_masks(gated: nn.Module) -> None:
+    set_probability(gated, 0.8)
+    gated.train()
+    for _, gate in named_gates(gated):
+        gate.temperature.fill_(0.25)
+    with pag.measure(gated) as m:
+        gated(torch.randn(8, 3, 32, 32))
+    rate = 1 / (1 + 0.25**4)  # odds of 4 to the power of 1 / 0.25
+    for site, gate in named_gates(gated):
+        assert gate.last_probability.mean().item() == pytest.approx(rate, abs=1e-4)
+        assert m.open_rates[site] == pytest.approx(rate, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["global", "layer"])
+def test_the_loss_is_of_the_mean_over_processes(
+    gated: nn.Module, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process whose value is 0.2 larger: value of the mean, gradient of one's own."""
+    set_probability(gated, 0.6)
+    gated.pag_state.rho = 0.5
+    gated.train()(torch.randn(SHAPE))
+    alone = pag.expected_fraction(gated).item()
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda t: t.copy_(2 * t + 0.2))
+    assert pag.expected_fraction(gated).item() == pytest.approx(alone + 0.1, abs=1e-6)
+    pag.sparsity_loss(gated, kind).backward()
+    if kind == "layer":
+        rate = (0.5 - gated.pag_state.floor) / (1 - gated.pag_state.floor)
+        slope = (0.7 - rate) / (0.7 * 0.3) * 0.6 * 0.4  # dKL/dq at the mean, times dq/dbias
+        for _, gate in named_gates(gated):
+            assert gate.bias.grad.item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_losses_ask_for_a_training_forward(gated: nn.Module) -> None:
+    gated(torch.randn(SHAPE))
+    with pytest.raises(pag.PagError, match="training mode"):
+        pag.sparsity_loss(gated)
+    with pytest.raises(pag.PagError, match="training mode"):
+        pag.expected_fraction(gated)
+    gated.train()(torch.randn(SHAPE))
+    with pytest.raises(pag.PagError, match="kind='both'"):
+        pag.sparsity_loss(gated, "both")
+    with pytest.raises(pag.PagError, match="not a gated network"):
+        pag.sparsity_loss(CustomNet())
+
+
+# --- annealing ------------------------------------------------------------------------------------
+
+
+def test_annealer_goes_from_open_to_the_budget(gated: nn.Module) -> None:
+    annealer = pag.Annealer(gated, 20, ramp=0.5, temperature=(2.0, 0.1))
+    rhos, taus = [annealer.rho], [annealer.tau]
+    for _ in range(20):
+        annealer.step()
+        assert gated.pag_state.rho == annealer.rho
+        for _, gate in named_gates(gated):
+            assert gate.temperature.item() == pytest.approx(annealer.tau)
+        rhos.append(annealer.rho)
+        taus.append(annealer.tau)
+    assert (rhos[0], taus[0]) == (1.0, 2.0)
+    assert rhos[10:] == pytest.approx([0.7] * 11) and taus[10:] == pytest.approx([0.1] * 11)
+    assert rhos[5] == pytest.approx(0.85) and taus[5] == pytest.approx(1.05)  # half a cosine
+    for values in (rhos, taus):
+        assert values == sorted(values, reverse=True) and len(set(values[:11])) == 11
+
+
+def test_annealer_resumes(gated: nn.Module) -> None:
+    first = pag.Annealer(gated, 10)
+    for _ in range(3):
+        first.step()
+    state = first.state_dict()
+    rho, tau = first.rho, first.tau
+    resumed = pag.Annealer(gated, 10)
+    assert gated.pag_state.rho == 1.0
+    resumed.load_state_dict(state)
+    assert (resumed.rho, resumed.tau) == (rho, tau)
+    assert gated.pag_state.rho == rho
+    first.step(), resumed.step()
+    assert first.rho == resumed.rho
+
+
+def test_annealer_takes_another_budget(gated: nn.Module) -> None:
+    annealer = pag.Annealer(gated, 2, budget=0.9)
+    for _ in range(3):
+        annealer.step()
+    assert annealer.rho == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"total_steps": 0},
+        {"ramp": 0.0},
+        {"ramp": 1.5},
+        {"temperature": (1.0, 0.0)},
+        {"budget": 5.0},
+        {"budget": 0.01},
+    ],
+    ids=str,
+)
+def test_annealer_refuses(gated: nn.Module, arguments: dict[str, float]) -> None:
+    with pytest.raises(pag.PagError, match=next(iter(arguments))):
+        pag.Annealer(gated, **{"total_steps": 10, **arguments})
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def test_calibrate_hits_every_budget(gated: nn.Module) -> None:
+    shuffle_gates(gated, 3.0)
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(3)]
+    budgets = (0.9, 0.5, 0.75)
+    reached = pag.calibrate(gated.train(), iter(batches), budgets)
+    assert gated.training
+    gated.eval()
+    assert gated.pag_state.active_budget == 0.75
+    for budget in budgets:
+        pag.set_budget(gated, budget)
+        with torch.no_grad(), pag.measure(gated) as m:
+            for batch in batches:
+                gated(batch)
+        assert m.fraction == pytest.approx(budget, abs=0.005)
+        assert reached[budget] == m.fraction
+
+
+def test_calibrate_defaults_to_the_budget_of_the_retrofit(gated: nn.Module) -> None:
+    shuffle_gates(gated, 3.0)
+    assert list(pag.calibrate(gated, [torch.randn(SHAPE)])) == [0.7]
+
+
+def test_calibrate_keeps_single_modes_and_weights(gated: nn.Module) -> None:
+    shuffle_gates(gated, 3.0)
+    gated.train()
+    gated.stem[1].eval()
+    modes = [module.training for module in gated.modules()]
+    before = {k: v.clone() for k, v in gated.state_dict().items() if not k.endswith("offset")}
+    pag.calibrate(gated, [torch.randn(SHAPE)], (0.8,))
+    assert [module.training for module in gated.modules()] == modes
+    state = gated.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
+def test_calibrate_warns_when_gates_cannot_tell_pixels_apart(
+    gated: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="pag_retrofit"):
+        reached = pag.calibrate(gated, [torch.randn(SHAPE)], (0.75,))
+    assert abs(reached[0.75] - 0.75) > 0.005
+    assert "train them longer" in caplog.text
+
+
+def test_calibrate_refuses(gated: nn.Module) -> None:
+    x = [torch.randn(SHAPE)]
+    for budget in (0.0, 1.2, gated.pag_state.floor - 0.01, float("nan")):
+        with pytest.raises(pag.BudgetError, match="floor"):
+            pag.calibrate(gated, x, (0.9, budget))
+    assert gated.pag_state.operating_points == {}
+    with pytest.raises(pag.PagError, match="empty"):
+        pag.calibrate(gated, [], (0.9,))
+    with pytest.raises(pag.PagError, match="not a gated network"):
+        pag.calibrate(CustomNet(), x, (0.9,))
+
+
+def test_set_budget_names_what_was_calibrated(gated: nn.Module) -> None:
+    shuffle_gates(gated, 3.0)
+    pag.calibrate(gated, [torch.randn(SHAPE)], (0.6, 0.8))
+    with pytest.raises(pag.BudgetError, match=r"\[0.6, 0.8\]"):
+        pag.set_budget(gated, 0.7)
