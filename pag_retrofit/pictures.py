@@ -7,8 +7,10 @@ Nothing in this module is imported by `import pag_retrofit`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -31,10 +33,10 @@ _COMPUTE_COLOURS = "viridis"
 _VOID = (64, 64, 64)
 _INK, _FAINT, _TRACK = "#222222", "#767676", "#ececec"
 
-# Inches of the panel, so that each image lands on whole, known places.
-_MARGIN, _GAP, _TITLE, _HEAD = 0.08, 0.06, 0.34, 0.26
+# Inches: places are computed, not left to a layout engine.
+_MARGIN, _GAP, _TITLE, _HEAD = 0.08, 0.06, 0.28, 0.26
 _LEGEND_COLUMNS, _LEGEND_LINE = 6, 0.2
-_COLUMNS = ("image", "label", "prediction", "compute")
+_COLUMNS = ("image", "label", "prediction", "compute (% of dense)")
 
 
 def relative_compute_map(measured: Measurement) -> Tensor:
@@ -88,12 +90,10 @@ def prediction_panel(
     tall = side * height / width
     void = bool(_is_void(label, len(classes)).any() or _is_void(prediction, len(classes)).any())
     patches = _legend_patches(palette, classes, void)
-    foot = max(0.5, 0.15 + _LEGEND_LINE * -(-len(patches) // _LEGEND_COLUMNS))
+    foot = max(0.5, 0.15 + _LEGEND_LINE * math.ceil(len(patches) / _LEGEND_COLUMNS))
     head = _HEAD + (_TITLE if title else 0)
     total = head + rows * (tall + _GAP) + foot
-    figure = _figure(total)
-    if title:
-        _title(figure, title, total)
+    figure = _figure(total, title)
     scale = _common_scale(compute_map)
     for row in range(rows):
         pictures = (
@@ -103,32 +103,18 @@ def prediction_panel(
             compute_map[row].numpy(),
         )
         bottom = total - head - row * (tall + _GAP) - tall
-        for column, picture in enumerate(pictures):
-            left = _MARGIN + column * (side + _GAP)
-            axes = _axes(figure, (left, bottom, side, tall), total)
+        for column, (name, picture) in enumerate(zip(_COLUMNS, pictures, strict=True)):
+            axes = _axes(figure, (_MARGIN + column * (side + _GAP), bottom, side, tall))
             # Labels are not to be mixed where they are scaled down.
-            kind = "nearest" if column in (1, 2) else "auto"
+            kind = "nearest" if name in ("label", "prediction") else "auto"
             axes.imshow(
                 picture, cmap=_COMPUTE_COLOURS, norm=scale, interpolation=kind, aspect="auto"
             )
             if row == 0:
-                heading = "compute (% of dense)" if column == 3 else _COLUMNS[column]
-                axes.set_title(heading, fontsize=9, color=_INK, pad=4)
+                axes.set_title(name, fontsize=9, color=_INK, pad=4)
         _note_mean(axes, float(compute_map[row].double().mean()))
-    figure.legend(
-        handles=patches,
-        loc="upper left",
-        bbox_to_anchor=((_MARGIN - 0.05) / _WIDTH, (foot - 0.02) / total),
-        ncols=_LEGEND_COLUMNS,
-        fontsize=8,
-        frameon=False,
-        handlelength=1.0,
-        handleheight=1.0,
-        columnspacing=1.2,
-        borderpad=0.2,
-        labelcolor=_INK,
-    )
-    bar = _axes(figure, (_MARGIN + 3 * (side + _GAP) + 0.1, foot - 0.16, side - 0.2, 0.1), total)
+    _class_legend(figure, patches, foot - 0.02)
+    bar = _axes(figure, (_MARGIN + 3 * (side + _GAP) + 0.1, foot - 0.16, side - 0.2, 0.1))
     _colour_bar(figure, bar, scale)
     return figure
 
@@ -155,52 +141,30 @@ def open_rates_chart(
             "least one site and a share of each, such as those of the plan"
         )
     lines = _grouped_lines(list(open_rates))
-    top, bottom, pitch = (0.62 if title else 0.34), 0.42, 0.17
-    total = top + len(lines) * pitch + bottom
-    figure = _figure(total)
-    if title:
-        _title(figure, title, total)
-    high = len(lines) * pitch
-    rates = _axes(figure, (2.2, bottom, 4.3, high), total)
-    weights = _axes(figure, (6.85, bottom, 1.75, high), total)
-    sites = [(place, site, colour) for place, (_, site, colour) in enumerate(lines) if site]
-    places = [place for place, _, _ in sites]
-    colours = [colour for _, _, colour in sites]
-    open_values = [100 * open_rates[site] for _, site, _ in sites]
-    share_values = [100 * shares[site] for _, site, _ in sites]
+    high, bottom = 0.17 * len(lines), 0.42
+    figure = _figure(bottom + high + _HEAD + 0.08 + (_TITLE if title else 0), title)
+    # Room for the names, at about 0.066 inches a letter.
+    left = min(0.35 + 0.066 * max(len(line.text) for line in lines), 3.5)
+    rates = _axes(figure, (left, bottom, 6.5 - left, high))
+    weights = _axes(figure, (6.85, bottom, 1.75, high))
+    _write_names(rates, lines)
+    places = [place for place, line in enumerate(lines) if line.site]
+    sites = [line.site for line in lines if line.site]
+    colours = [line.colour for line in lines if line.site]
+    opened = [100 * open_rates[site] for site in sites]
+    weight = [100 * shares[site] for site in sites]
     rates.barh(places, [100.0] * len(sites), height=0.72, color=_TRACK)
-    rates.barh(places, open_values, height=0.72, color=colours)
-    weights.barh(places, share_values, height=0.72, color=colours, alpha=0.55)
+    rates.barh(places, opened, height=0.72, color=colours)
+    weights.barh(places, weight, height=0.72, color=colours, alpha=0.55)
+    _write_values(rates, places, opened)
     for axes, limit, heading in (
         (rates, 100.0, "open rate (%)"),
-        (weights, 1.05 * max(max(share_values), 1e-6), "share of MACs (%)"),
+        (weights, 1.05 * max(*weight, 1e-6), "share of MACs (%)"),
     ):
         axes.set_xlim(0, limit)
         axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.tick_params(bottom=True, labelbottom=True, labelsize=8, color=_FAINT, length=2)
+        axes.tick_params(bottom=True, labelbottom=True, labelsize=8, length=2)
         axes.set_title(heading, fontsize=9, color=_INK, pad=4, loc="left")
-    for place, value in zip(places, open_values, strict=True):
-        inside = value > 12
-        rates.text(
-            value + (-0.8 if inside else 0.8),
-            place,
-            f"{value:.0f}",
-            ha="right" if inside else "left",
-            va="center_baseline",
-            fontsize=7,
-            color="white" if inside else _INK,
-        )
-    for place, (text, site, colour) in enumerate(lines):
-        rates.text(
-            -1.2 if site else -44,
-            place,
-            text,
-            ha="right" if site else "left",
-            va="center_baseline",
-            fontsize=8,
-            color=_INK if site else colour,
-            fontweight="normal" if site else "bold",
-        )
     return figure
 
 
@@ -224,37 +188,23 @@ def tradeoff_chart(
     """
     if not any(points.values()):
         raise PagError(f"points={dict(points)!r}: expected at least one (fraction, metric)")
-    total = 4.3 + (_TITLE if title else 0)
-    figure = _figure(total)
-    if title:
-        _title(figure, title, total)
-    axes = _axes(figure, (0.75, 0.6, 6.15, 3.5), total)
+    figure = _figure(4.2 + (_TITLE if title else 0), title)
+    axes = _axes(figure, (0.75, 0.6, 6.15, 3.5))
     axes.tick_params(bottom=True, labelbottom=True, left=True, labelleft=True, labelsize=9)
     for side in ("left", "bottom"):
         axes.spines[side].set(visible=True, color=_FAINT)
     axes.grid(color=_TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
-    names: list[tuple[float, str, str]] = []
+    names = []
     for (name, series), colour in zip(points.items(), cycle(_SERIES), strict=False):
-        ordered = sorted(series)
-        fractions, values = [100 * f for f, _ in ordered], [value for _, value in ordered]
-        axes.plot(fractions, values, marker="o", markersize=6, linewidth=1.8, color=colour)
-        for fraction, value in zip(fractions, values, strict=True):
-            axes.annotate(
-                f"{value:.3f}",
-                (fraction, value),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=colour,
-            )
-        names.append((values[-1], name, colour)) if values else None
+        if series:
+            _draw_series(axes, series, colour)
+            names.append((max(series)[1], name, colour))
     for name, value in reference.items():
         axes.axhline(value, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
         names.append((value, f"{name} {value:.3f}", _FAINT))
-    fractions = [100 * fraction for series in points.values() for fraction, _ in series]
-    axes.set_xlim(max(0.0, min(fractions) - 8), 102)
+    least = min(fraction for series in points.values() for fraction, _ in series)
+    axes.set_xlim(max(0.0, 100 * least - 8), 102)
     axes.margins(y=0.18)
     axes.set_xlabel("measured compute (% of the dense network's MACs)", fontsize=9, color=_INK)
     axes.set_ylabel(metric, fontsize=9, color=_INK)
@@ -286,29 +236,25 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _figure(height: float) -> Figure:
-    """An empty figure of the common width, in inches."""
+def _figure(height: float, title: str) -> Figure:
+    """An empty figure of the common width and a height in inches, with its title."""
     figure = Figure(figsize=(_WIDTH, height), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
+    place = (_MARGIN / _WIDTH, 1 - 0.08 / height)
+    figure.text(*place, title, fontsize=11, va="top", color=_INK, weight="bold")
     return figure
 
 
-def _axes(figure: Figure, box: tuple[float, float, float, float], height: float) -> Axes:
+def _axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
     """Bare axes at (left, bottom, width, height) in inches."""
     left, bottom, wide, tall = box
-    place = (left / _WIDTH, bottom / height, wide / _WIDTH, tall / height)
-    axes = figure.add_axes(place, facecolor="white")
-    axes.tick_params(
-        left=False, bottom=False, labelleft=False, labelbottom=False, labelcolor=_INK, color=_FAINT
-    )
+    height = figure.get_figheight()
+    axes = figure.add_axes((left / _WIDTH, bottom / height, wide / _WIDTH, tall / height))
+    axes.set_facecolor("white")
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    axes.tick_params(color=_FAINT, labelcolor=_INK)
     axes.spines[:].set_visible(False)
     return axes
-
-
-def _title(figure: Figure, title: str, height: float) -> None:
-    figure.text(
-        _MARGIN / _WIDTH, 1 - 0.1 / height, title, fontsize=11, va="top", color=_INK, weight="bold"
-    )
 
 
 def _check_panel(
@@ -351,9 +297,26 @@ def _legend_patches(palette: np.ndarray, classes: Sequence[str], void: bool) -> 
 def _common_scale(compute_map: Tensor) -> Normalize:
     """From the smallest to the largest value in steps of 0.05, at least 0.1 apart."""
     values = compute_map.double()
-    low = np.floor(float(values.min()) * 20 + 1e-6) / 20
-    high = np.ceil(float(values.max()) * 20 - 1e-6) / 20
+    low = math.floor(float(values.min()) * 20 + 1e-6) / 20
+    high = math.ceil(float(values.max()) * 20 - 1e-6) / 20
     return Normalize(max(0.0, min(low, high - 0.1)), max(high, low + 0.1))
+
+
+def _class_legend(figure: Figure, patches: list[Patch], top: float) -> None:
+    """Write the classes below the images, with the upper edge at `top` inches."""
+    figure.legend(
+        handles=patches,
+        loc="upper left",
+        bbox_to_anchor=((_MARGIN - 0.05) / _WIDTH, top / figure.get_figheight()),
+        ncols=_LEGEND_COLUMNS,
+        fontsize=8,
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.2,
+        borderpad=0.2,
+        labelcolor=_INK,
+    )
 
 
 def _note_mean(axes: Axes, mean: float) -> None:
@@ -372,26 +335,83 @@ def _note_mean(axes: Axes, mean: float) -> None:
 
 def _colour_bar(figure: Figure, axes: Axes, scale: Normalize) -> None:
     bar = figure.colorbar(ScalarMappable(scale, _COMPUTE_COLOURS), axes, orientation="horizontal")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     low, high = float(scale.vmin or 0.0), float(scale.vmax or 1.0)
     ticks = np.linspace(low, high, 3)
     bar.set_ticks(list(ticks), labels=[f"{100 * tick:.3g}" for tick in ticks])
     axes.tick_params(bottom=True, labelbottom=True, labelsize=8, length=2, pad=2, color=_FAINT)
 
 
-def _grouped_lines(sites: list[str]) -> list[tuple[str, str, str]]:
-    """Lines of the chart as (text, site or "" for a heading, colour), groups together."""
+@dataclass(frozen=True)
+class _Line:
+    """A line of the open-rate chart: a site, or the heading of a group if `site` is empty."""
+
+    text: str
+    site: str
+    colour: str
+
+
+def _grouped_lines(sites: list[str]) -> list[_Line]:
+    """Sites in their order, those with the same first part of the name together."""
     groups: dict[str, list[str]] = {}
     for site in sites:
         groups.setdefault(site.partition(".")[0], []).append(site)
     lines = []
     for (group, members), colour in zip(groups.items(), cycle(_SERIES), strict=False):
         if len(members) == 1:
-            lines.append((members[0], members[0], colour))
+            lines.append(_Line(members[0], members[0], colour))
             continue
-        lines.append((group, "", colour))
-        lines += [(site.partition(".")[2] or site, site, colour) for site in members]
+        lines.append(_Line(group, "", colour))
+        lines += [_Line(site.partition(".")[2] or site, site, colour) for site in members]
     return lines
+
+
+def _write_names(axes: Axes, lines: list[_Line]) -> None:
+    """Write sites to the left of their bars, and headings at the margin."""
+    left, width = (inches * _WIDTH for inches in axes.get_position().bounds[::2])
+    for place, line in enumerate(lines):
+        axes.text(
+            -0.06 / width if line.site else (_MARGIN - left) / width,
+            place,
+            line.text,
+            transform=axes.get_yaxis_transform(),
+            ha="right" if line.site else "left",
+            va="center_baseline",
+            fontsize=8,
+            color=_INK if line.site else line.colour,
+            fontweight="normal" if line.site else "bold",
+        )
+
+
+def _write_values(axes: Axes, places: list[int], values: list[float]) -> None:
+    """Write each percentage at the end of its bar."""
+    for place, value in zip(places, values, strict=True):
+        inside = value > 12  # it fits into the bar
+        axes.text(
+            value + (-0.8 if inside else 0.8),
+            place,
+            f"{value:.0f}",
+            ha="right" if inside else "left",
+            va="center_baseline",
+            fontsize=7,
+            color="white" if inside else _INK,
+        )
+
+
+def _draw_series(axes: Axes, series: Sequence[tuple[float, float]], colour: str) -> None:
+    """Draw points in the order of their compute, each with its value above it."""
+    fractions, values = zip(*sorted((100 * f, value) for f, value in series), strict=True)
+    axes.plot(fractions, values, marker="o", markersize=6, linewidth=1.8, color=colour)
+    for place in zip(fractions, values, strict=True):
+        axes.annotate(
+            f"{place[1]:.3f}",
+            place,
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=colour,
+        )
 
 
 def _name_lines(axes: Axes, names: list[tuple[float, str, str]]) -> None:

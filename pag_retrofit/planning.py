@@ -151,7 +151,7 @@ class Plan:
             f"{self.gateable_share:.1%} gateable, floor {self.floor:.3f}",
             caption=f"budget {self.budget:g}: open rate {self.rho:.3f} in every gate would meet it",
         )
-        table.add_column("site")
+        table.add_column("site", no_wrap=True)
         table.add_column("kind")
         for heading in ("MMACs", "share", "halo"):
             table.add_column(heading, justify="right")

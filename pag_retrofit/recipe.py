@@ -304,11 +304,7 @@ class Recipe(Section):
     name: str
     output: OutputPath
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: Annotated[tuple[Stage, ...], AfterValidator(_not_empty)] = (
-        "dense",
-        "reference",
-        "gated",
-    )
+    stages: Stages = ("dense", "reference", "gated")
     model: ModelSection
     data: Annotated[CamVidSection | ScenesSection, Field(discriminator="name")]
     task: TaskSection = TaskSection()

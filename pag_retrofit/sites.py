@@ -339,9 +339,7 @@ class _Finder:
     def _check_worth(self, cost: SiteCost, size: tuple[int, int]) -> None:
         share = cost.full_macs(size) / max(self.network.total_macs, 1)
         if share < self.config.min_share:
-            raise NotPixelLocalError(
-                f"{share:.2%} of the MACs, below min_share={self.config.min_share:.2%}"
-            )
+            raise NotPixelLocalError(f"below min_share={self.config.min_share:g} of the MACs")
         if cost.floor_macs(size) >= cost.full_macs(size):
             raise NotPixelLocalError("its gate and bypass cost as much as it does")
 

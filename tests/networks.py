@@ -139,9 +139,7 @@ class CustomNet(nn.Module):
         return self.head(self.block(self.stem(x)))
 
 
-def needed_pixels(
-    chain: Sequence[nn.Conv2d], size: tuple[int, int], mask: Tensor
-) -> list[Tensor]:
+def needed_pixels(chain: Sequence[nn.Conv2d], size: tuple[int, int], mask: Tensor) -> list[Tensor]:
     """Which output pixels of each convolution of a chain the pixels of a mask depend on.
 
     Counted by gradients through convolutions whose weights are all one, so that nothing cancels.

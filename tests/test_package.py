@@ -41,8 +41,8 @@ def test_import_is_light() -> None:
         "import torch, sys; before = set(sys.modules); import pag_retrofit; "
         "print(*(m for m in set(sys.modules) - before))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in result.stdout.split()}
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    loaded = {name.split(".")[0] for name in output.split()}
     assert "pag_retrofit" in loaded
     assert loaded.isdisjoint(HEAVY)
 

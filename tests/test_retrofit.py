@@ -504,9 +504,7 @@ def dense_macs(model: nn.Module, x: Tensor) -> int:
     """MACs of a plain network, from the outputs of its convolutions."""
     counts: list[int] = []
     handles = [
-        module.register_forward_hook(
-            lambda m, _, y: counts.append(y.numel() * m.weight[0].numel())
-        )
+        module.register_forward_hook(lambda m, _, y: counts.append(y.numel() * m.weight[0].numel()))
         for module in model.modules()
         if isinstance(module, nn.Conv2d)
     ]
@@ -723,9 +721,7 @@ def test_a_budget_below_the_floor_is_refused_and_changes_nothing(inplace: bool) 
     snapshot = copy.deepcopy(model)
     plan = pag.plan(model, 0.05, example_input=(1, 3, 32, 32), config=EVERYTHING)
     with pytest.raises(pag.BudgetError, match=f"floor of {plan.floor:.3f}.*at least") as caught:
-        pag.retrofit(
-            model, 0.05, example_input=(1, 3, 32, 32), config=EVERYTHING, inplace=inplace
-        )
+        pag.retrofit(model, 0.05, example_input=(1, 3, 32, 32), config=EVERYTHING, inplace=inplace)
     assert "head.2" in str(caught.value) or "bypass" in str(caught.value)
     assert same_state(model, snapshot) and modes(model) == modes(snapshot)
     assert [type(m) for m in model.modules()] == [type(m) for m in snapshot.modules()]

@@ -71,9 +71,7 @@ def test_expected_fraction_at_the_ends(gated: nn.Module, bias: float, closed: bo
 
 @pytest.mark.parametrize("kind", ["global", "layer"])
 @pytest.mark.parametrize(("rho", "sign"), [(0.5, 1), (1.0, -1)])
-def test_losses_push_towards_the_target(
-    gated: nn.Module, kind: str, rho: float, sign: int
-) -> None:
+def test_losses_push_towards_the_target(gated: nn.Module, kind: str, rho: float, sign: int) -> None:
     """Too much compute: a falling loss closes gates; too little: it opens them."""
     set_probability(gated, 0.8)
     gated.pag_state.rho = rho
@@ -240,7 +238,7 @@ def test_annealer_refuses(gated: nn.Module, arguments: dict[str, float]) -> None
 
 def test_calibrate_hits_every_budget(gated: nn.Module) -> None:
     shuffle_gates(gated, 3.0)
-    batches = [torch.randn(2, 3, 32, 32) for _ in range(3)]
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(2)]
     budgets = (0.9, 0.5, 0.75)
     reached = pag.calibrate(gated.train(), iter(batches), budgets)
     assert gated.training
