@@ -36,6 +36,7 @@ RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "scenes_quick.yaml
 # Over the recipe, so that all three trainings fit into six minutes of two CPU cores.
 SHORTER = (
     "name=demo",
+    "model.arguments.encoder_name=tu-resnet18",
     "model.arguments.encoder_depth=4",
     "model.arguments.decoder_channels=[64,32,16,16]",
     "data.train_count=320",

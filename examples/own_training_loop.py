@@ -54,8 +54,8 @@ def main() -> None:
             annealer.step()  # 3: lowers the target and the temperature
         expected = pag.expected_fraction(gated).item()
         accelerator.print(
-            f"epoch {epoch + 1}: task loss {task_loss.item():.3f}, compute {expected:.3f} expected, "
-            f"{annealer.rho:.3f} wanted"
+            f"epoch {epoch + 1}: task loss {task_loss.item():.3f}, compute {expected:.3f}, "
+            f"target {annealer.rho:.3f}"
         )
 
     batches = [batch["image"] for batch in loader]
