@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pag_retrofit import from_pretrained, measure, plan
 from pag_retrofit.building import evaluation_data
@@ -135,7 +136,9 @@ def draw(run: Path, recipe: Recipe, results: dict[str, Any]) -> None:
     }
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        save_figure(figure, IMAGES / f"camvid_{name}.png")
+        path = IMAGES / f"camvid_{name}.png"
+        save_figure(figure, path)
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third the size
 
 
 def main() -> None:

@@ -5,13 +5,15 @@ trains it on for as long as the gated one will be (reference: the fair compariso
 one and fine-tunes it to 70 % of the compute. Run again, it goes on where it was interrupted.
 
     python examples/demo.py
-    python examples/demo.py --output runs/half gated.budgets=[0.5]
+    python examples/demo.py gated.budgets=[0.7,0.5]     # adds a budget, trains only that
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="values over the recipe: gated.budgets=[0.5]")
     options = parser.parse_args(arguments)
     recipe = load_recipe(RECIPE, [*SHORTER, f"output={options.output}", *options.overrides])
+    if set(recipe.stages) != {"dense", "reference", "gated"}:
+        parser.error("the demo compares the stages dense, reference and gated: keep all three")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pag_retrofit").setLevel(logging.INFO)
     console = Console()
@@ -65,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.rule("saving and loading")
     file = recipe.output / "gated.safetensors"
     save_and_compare(gated, recipe, file)
-    console.print(f"{file} ({file.stat().st_size / 1e6:.1f} MB): loaded, outputs are bit-identical")
+    size = file.stat().st_size / 1e6
+    console.print(f"{file} ({size:.1f} MB): loaded, outputs are bit-identical", soft_wrap=True)
 
     console.rule("results on scenes that were not trained on")
     console.print(results_table(results))
     pictures = draw(gated, recipe, results[gated_stage.name])
     for picture in pictures:
-        console.print(f"picture: {picture}")
-    console.print(next_steps(options.output), highlight=False)
+        console.print(f"picture: {picture}", soft_wrap=True)
+    console.print(next_steps(options.output), soft_wrap=True, highlight=False, markup=False)
 
 
 def save_and_compare(gated: nn.Module, recipe: Recipe, file: Path) -> None:
@@ -139,13 +144,14 @@ def draw(gated: nn.Module, recipe: Recipe, metrics: dict[str, Any]) -> list[Path
 
 def next_steps(output: str) -> str:
     """What to try after the demo."""
+    python = os.path.relpath(sys.executable)
     return f"""
 What next:
-  another budget      python examples/demo.py --output {output}_half gated.budgets=[0.5]
-  the longer recipe   pag-retrofit finetune recipes/scenes_quick.yaml
-  your network        python examples/retrofit_smp.py, examples/custom_model.py
-  your training loop  python examples/own_training_loop.py
-  curves              tensorboard --logdir {output}"""
+  another budget      {python} examples/demo.py --output {output} gated.budgets=[0.7,0.5]
+  the longer recipe   {python} -m pag_retrofit finetune recipes/scenes_quick.yaml
+  your network        {python} examples/retrofit_smp.py, examples/custom_model.py
+  your training loop  {python} examples/own_training_loop.py
+  curves              {python} -m tensorboard.main --logdir {output}"""
 
 
 if __name__ == "__main__":

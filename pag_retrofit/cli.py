@@ -19,7 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
+# Rich takes 80 columns where there is no terminal: too few for the tables.
+_out = Console(width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe", metavar="RECIPE")]

@@ -299,7 +299,8 @@ def _common_scale(compute_map: Tensor) -> Normalize:
     values = compute_map.double()
     low = math.floor(float(values.min()) * 20 + 1e-6) / 20
     high = math.ceil(float(values.max()) * 20 - 1e-6) / 20
-    return Normalize(max(0.0, min(low, high - 0.1)), max(high, low + 0.1))
+    low = max(0.0, min(low, high - 0.1))
+    return Normalize(low, max(high, low + 0.1))
 
 
 def _class_legend(figure: Figure, patches: list[Patch], top: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -547,19 +547,40 @@ def test_an_addition_in_the_network_itself_leaves_its_convolutions() -> None:
 
 
 @torch.no_grad()
-def test_a_convolution_in_the_shortcut_keeps_its_own_gate() -> None:
-    """The shortcut's convolution is a direct child of the block that is rewritten, too."""
+@pytest.mark.parametrize(
+    "shortcut",
+    [
+        lambda: conv(8, 8, 3),
+        lambda: nn.Sequential(conv(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        lambda: Residual(nn.Sequential(conv(8, 4, 3), nn.ReLU(), conv(4, 8, 3))),
+    ],
+    ids=["convolution", "sequence", "block"],
+)
+@pytest.mark.parametrize("bypass", ["collapsed", "identity"])
+def test_a_site_in_the_shortcut_keeps_its_own_gate(
+    shortcut: Callable[[], nn.Module], bypass: str
+) -> None:
+    """Its module is a child of a block that is rewritten, too."""
     branch = nn.Sequential(conv(8, 16, 3), nn.ReLU(), conv(16, 8, 3))
-    model = nn.Sequential(conv(3, 8, 1), Residual(branch, conv(8, 8, 3))).eval()
-    plan = pag.plan(model, 0.9, example_input=(1, 3, 16, 16), config=EVERYTHING)
-    gated = gate_all(model, (1, 3, 16, 16))
+    model = nn.Sequential(conv(3, 8, 1), Residual(branch, shortcut()))
+    randomize(model).eval()
+    shape = (1, 3, 16, 16)
+    config = pag.RetrofitConfig(min_share=0.0, bypass=bypass)
+    plan = pag.plan(model, 0.9, example_input=shape, config=config)
+    gated = gate_all(model, shape, bypass=bypass)
+    assert len(plan.sites) == 2
     assert {s.name for s in plan.sites} == {name for name, _ in named_gates(gated)}
-    x = torch.randn(1, 3, 16, 16)
+    x = torch.randn(shape)
     assert torch.equal(gated(x), model(x))
     with pag.override_gates(gated, pattern="none"), pag.measure(gated) as m:
         gated(x)
+    assert set(m.open_rates) == {s.name for s in plan.sites}
     assert m.fraction == pytest.approx(plan.floor)
+    for copied in (copy.deepcopy(gated), pickle.loads(pickle.dumps(gated))):
+        with pag.override_gates(copied), pag.override_gates(gated):
+            assert torch.equal(copied(x), gated(x))
     assert same_state(pag.remove(gated), model)
+    assert torch.equal(gated(x), model(x))
 
 
 class SharesAConvolution(nn.Module):

@@ -29,9 +29,7 @@ def shuffle_gates(gated: nn.Module, scale: float, seed: int = 0) -> None:
     """Random gates that tell pixels apart."""
     generator = torch.Generator().manual_seed(seed)
     for _, gate in named_gates(gated):
-        channels = gate.weight.shape[1]
-        noise = torch.randn(gate.weight.shape, generator=generator)
-        gate.weight.copy_(scale * noise / math.sqrt(channels))
+        gate.weight.copy_(scale * torch.randn(gate.weight.shape, generator=generator))
         gate.bias.zero_()
 
 
