@@ -34,7 +34,8 @@ def _timm(name: str, sweep: bool = False, **arguments: Any) -> Tiny:
 
 def _smp(architecture: str, encoder: str, sweep: bool = False) -> Tiny:
     build = lambda: smp.create_model(architecture, encoder, encoder_weights=None, classes=3)  # noqa: E731
-    return Tiny(f"{architecture}-{encoder}", build, (96, 64), sweep)
+    other_size = (75, 53) if architecture == "Unet" else (96, 64)  # the others want multiples of 32
+    return Tiny(f"{architecture}-{encoder}", build, other_size, sweep)
 
 
 ONE_EACH = (1, 1, 1, 1)
@@ -69,7 +70,7 @@ NETWORKS = (
     *(
         _smp(architecture, encoder, sweep=True)
         for architecture in ("Unet", "FPN", "DeepLabV3Plus", "Linknet", "UPerNet")
-        for encoder in ("mobilenet_v2", "efficientnet-b0", "tu-resnet18", "tu-convnext_atto")
+        for encoder in ("mobilenet_v2", "tu-efficientnet_b0", "tu-resnet18", "tu-convnext_atto")
         if (architecture, encoder) != ("Unet", "mobilenet_v2")
     ),
 )

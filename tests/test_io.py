@@ -183,11 +183,12 @@ def test_operating_points_survive(
         assert_same_network(loaded, gated)
 
 
-def test_loaded_twice_saved_twice_is_the_same_file(gated: nn.Module, tmp_path: Path) -> None:
-    loaded = through_file(gated, tmp_path)
-    first = (tmp_path / "x.safetensors").read_bytes()
-    through_file(loaded, tmp_path)
-    assert (tmp_path / "x.safetensors").read_bytes() == first
+def test_a_loaded_network_saves_as_the_same_files(gated: nn.Module, tmp_path: Path) -> None:
+    loaded = through_directory(gated, tmp_path)
+    pag.save_pretrained(loaded, tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        first = (tmp_path / "new" / "directory" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == first
 
 
 def test_the_retrofit_configuration_survives(gated: nn.Module, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d["model"].update(library=["timm"]), "library|damaged"),
         (lambda d: d["model"].update(arguments={"checkpoint_path": "x"}), "checkpoint_path"),
         (lambda d: d["model"].update(arguments={"pretrained_cfg": {}}), "pretrained_cfg"),
-        (lambda d: d["model"].update(arguments={"num_classes": -1}), "cannot|damaged|another"),
+        (lambda d: d["model"].update(arguments={"num_classes": -1}), "cannot build|sites"),
         (lambda d: d["model"].update(arguments=["num_classes"]), "cannot build|damaged"),
         (lambda d: d.update(model=smp_unet("tu-local-dir:elsewhere")), "no such|expected"),
         (lambda d: d.update(model=smp_unet("tu-hf-hub:some/thing")), "no such|expected"),

@@ -740,9 +740,12 @@ def test_a_budget_must_be_a_fraction(budget: Any) -> None:
 def test_a_budget_below_the_floor_is_refused_and_changes_nothing(inplace: bool) -> None:
     model = CustomNet().train()
     snapshot = copy.deepcopy(model)
-    plan = pag.plan(model, 0.05, example_input=(1, 3, 32, 32), config=EVERYTHING)
-    with pytest.raises(pag.BudgetError, match=f"floor of {plan.floor:.3f}.*at least") as caught:
-        pag.retrofit(model, 0.05, example_input=(1, 3, 32, 32), config=EVERYTHING, inplace=inplace)
+    shape = (1, 3, 32, 32)
+    floor = pag.plan(model, 0.9, example_input=shape, config=EVERYTHING).floor
+    below = floor - 0.001
+    assert pag.plan(model, below, example_input=shape, config=EVERYTHING).budget == below
+    with pytest.raises(pag.BudgetError, match=f"floor of {floor:.3f}.*at least") as caught:
+        pag.retrofit(model, below, example_input=shape, config=EVERYTHING, inplace=inplace)
     assert "head.2" in str(caught.value) or "bypass" in str(caught.value)
     assert same_state(model, snapshot) and modes(model) == modes(snapshot)
     assert [type(m) for m in model.modules()] == [type(m) for m in snapshot.modules()]
@@ -775,7 +778,7 @@ def test_a_wrong_example_is_named(example: Any) -> None:
 
 
 def test_a_size_that_the_network_refuses_is_named() -> None:
-    model = smp.Unet("resnet18", encoder_weights=None)
+    model = smp.FPN("resnet18", encoder_weights=None)
     with pytest.raises(pag.PagError, match=r"example_input.*\(1, 3, 65, 64\)"):
         pag.retrofit(model, 0.9, example_input=(1, 3, 65, 64))
 
