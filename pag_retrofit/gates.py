@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.cost import SiteCost
 from pag_retrofit.errors import PagError
-from pag_retrofit.functional import mix, pattern_mask, sample_mask
+from pag_retrofit.functional import mix, pattern_mask, sample_mask, subsample
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class PixelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the site's input (B, C, H, W) to a float32 mask (B, 1, h, w) of zeros and ones."""
-        weight = self.weight * self.scale
-        logits = F.conv2d(x, weight, self.bias, stride=self.cost.stride).float() + self.offset
+        # Subsampled first: torch 2.15 corrupts the heap in the backward pass of a strided 1x1
+        # convolution to few channels (CPU, float32, channels_last, input without gradient).
+        kept = subsample(x, self.cost.stride)
+        logits = F.conv2d(kept, self.weight * self.scale, self.bias).float() + self.offset
         if self.override is not None:
             return self._forced(logits)
         if not self.training:
@@ -129,8 +131,9 @@ class GatedConv2d(nn.Conv2d):
         """Convolve (B, C, H, W) to (B, C', h, w)."""
         mask = self.pag_gate(x)
         full = self._conv_forward(x, self.weight, self.bias)
+        stride = self.pag_gate.cost.stride
         bypass = F.conv2d(
-            x, self.pag_bypass_weight, self.bias, stride=self.stride, groups=self.groups
+            subsample(x, stride), self.pag_bypass_weight, self.bias, groups=self.groups
         )
         return mix(full, bypass, mask)
 
