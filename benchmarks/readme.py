@@ -52,8 +52,8 @@ def summary_table(results: dict[str, Any]) -> str:
         "",
         f"One seed ({results['seed']}), last weights (none picked on the validation images). "
         f"{results['gateable_share']:.1%} of the MACs lie inside sites; the floor is "
-        f"{results['floor']:.3f}. Written by `make bench` from commit "
-        f"`{results['commit'][:10]}`; [more](docs/camvid.md).",
+        f"{results['floor']:.3f}. `make bench` repeats it; commits and machine stand in "
+        "`benchmarks/results/camvid_mobilenetv2.json`; [more](docs/camvid.md).",
     ]
     return "\n".join(lines)
 
