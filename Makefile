@@ -21,7 +21,7 @@ demo: $(STAMP)  ## train, retrofit and gate a small network on rendered scenes; 
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## install and run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 sweep: $(STAMP)  ## the long tests over many networks
-	$(BIN)/python -m pytest -m sweep
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m sweep
 
 bench: $(STAMP)  ## the CamVid evidence: PAG_DATA and PAG_WEIGHTS name the data, about 90 minutes
 	$(BIN)/pag-retrofit finetune recipes/camvid_mobilenetv2.yaml

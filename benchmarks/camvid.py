@@ -115,18 +115,15 @@ def draw_panel(run: Path, recipe: Recipe, budget: float) -> Figure:
 def draw(run: Path, recipe: Recipe, results: dict[str, Any]) -> None:
     """Draw the pictures of README and docs from the results and the saved networks."""
     lowest = min(results["gated"], key=lambda entry: entry["budget"])
-    points = [(entry["fraction"], 100 * entry["miou"]) for entry in results["gated"]]
+    points = [(entry["fraction"], entry["miou"]) for entry in results["gated"]]
     references = {
-        "dense": 100 * results["dense"]["miou"],
-        "dense, trained equally long": 100 * results["reference"]["miou"],
+        "dense": results["dense"]["miou"],
+        "dense, as long": results["reference"]["miou"],
     }
     figures = {
         "panel": draw_panel(run, recipe, lowest["budget"]),
         "tradeoff": tradeoff_chart(
-            {"gated (one network per budget)": points},
-            references,
-            metric="mIoU (%)",
-            title="CamVid, U-Net MobileNetV2",
+            {"gated": points}, references, title="CamVid, U-Net MobileNetV2, one network per budget"
         ),
         "open_rates": open_rates_chart(
             lowest["open_rates"],

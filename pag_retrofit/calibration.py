@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pag_retrofit.errors import BudgetError, PagError
 from pag_retrofit.gates import named_gates, state_of
 from pag_retrofit.measurement import measure
+from pag_retrofit.tracing import in_mode
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,10 @@ def calibrate(
     images = [batch.detach() for batch in batches]
     if not images or not budgets:
         raise PagError("batches or budgets is empty: expected at least one of each")
-    training = gated.training
-    gated.eval()
     reached = {}
     for budget in budgets:
-        offset, fraction = _search(gated, images, budget)
+        with in_mode(gated):
+            offset, fraction = _search(gated, images, budget)
         state.operating_points[float(budget)] = offset
         reached[float(budget)] = fraction
         if abs(fraction - budget) > TOLERANCE:
@@ -70,7 +70,6 @@ def calibrate(
                 budget,
             )
     set_budget(gated, budgets[-1])
-    gated.train(training)
     return reached
 
 

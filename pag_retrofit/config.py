@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -68,7 +68,8 @@ class RetrofitConfig:
                 raise PagError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            if not listed or not all(isinstance(item, str) for item in value):
                 raise PagError(
                     f"{name}={value!r}: expected a sequence of patterns, such as ('decoder.*',)"
                 )

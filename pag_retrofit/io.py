@@ -26,7 +26,7 @@ from pag_retrofit.calibration import set_budget
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import CheckpointError, PagError
 from pag_retrofit.gates import named_gates, state_of
-from pag_retrofit.surgery import retrofit
+from pag_retrofit.surgery import remove, retrofit
 
 FORMAT = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -118,25 +118,47 @@ def _smp_builder(name: str) -> Callable[..., nn.Module]:
         names = sorted(architecture.__name__ for architecture in known.values())
         raise CheckpointError(f"name={name!r}: expected an SMP architecture, one of {names}")
     architecture: Callable[..., nn.Module] = known[name.lower()]
-    return lambda **arguments: architecture(encoder_weights=None, **arguments)
+
+    def build(**arguments: Any) -> nn.Module:
+        _check_encoder(arguments.get("encoder_name"))
+        return architecture(encoder_weights=None, **arguments)
+
+    return build
+
+
+def _check_encoder(name: Any) -> None:
+    """Allow only encoders that the libraries list: timm would fetch `hf-hub:` names."""
+    import segmentation_models_pytorch as smp
+    import timm
+
+    known = name is None or name in smp.encoders.get_encoder_names()
+    if not known and not (str(name).startswith("tu-") and timm.is_model(str(name)[3:])):
+        raise CheckpointError(
+            f"encoder_name={name!r}: expected one of SMP's encoders, or tu- and a timm model"
+        )
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:
-    """The specification noted on a network, or found from what timm or SMP noted on it."""
+    """The specification noted on a network, or found from what timm or SMP noted on it.
+
+    What they note does not tell all arguments. A specification found that way counts only if the
+    network it builds looks the same: class, every module with its settings, every tensor's shape.
+    """
     noted = getattr(model, "pag_spec", None)
     if isinstance(noted, ModelSpec):
         return noted
     candidate = _guess_spec(model)
     if candidate is None:
         return None
+    original = remove(copy.deepcopy(model)) if hasattr(model, "pag_state") else model
     try:
         with torch.device("meta"):
             rebuilt = candidate.build()
     except CheckpointError:
         return None
-    wanted = {k: v.shape for k, v in model.state_dict().items() if not _is_ours(k)}
-    given = {k: v.shape for k, v in rebuilt.state_dict().items()}
-    return candidate if wanted == given and type(rebuilt) is type(model) else None
+    same = type(rebuilt) is type(original) and repr(rebuilt) == repr(original)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (original, rebuilt)]
+    return candidate if same and shapes[0] == shapes[1] else None
 
 
 def _guess_spec(model: nn.Module) -> ModelSpec | None:
@@ -154,10 +176,6 @@ def _guess_spec(model: nn.Module) -> ModelSpec | None:
     return None
 
 
-def _is_ours(key: str) -> bool:
-    return any(part.startswith("pag_") for part in key.split("."))
-
-
 def save_pretrained(gated: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write `model.safetensors` and `config.json` into a directory, which is made if missing.
 
@@ -169,9 +187,13 @@ def save_pretrained(gated: nn.Module, directory: str | os.PathLike[str]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(gated)
     description["sha256"] = _digest(tensors)
-    _write(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    _replace(
+        {
+            folder / WEIGHTS_NAME: _tensor_writer(tensors, {"format": "pt"}),
+            folder / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
 
 
 def save_file(gated: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -184,7 +206,7 @@ def save_file(gated: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = _tensors(gated)
     description["sha256"] = _digest(tensors)
     text = json.dumps(description, sort_keys=True)
-    _write(Path(path), tensors, {"format": "pt", METADATA_KEY: text})
+    _replace({Path(path): _tensor_writer(tensors, {"format": "pt", METADATA_KEY: text})})
 
 
 def from_pretrained(
@@ -279,7 +301,7 @@ def _restore(
             set_budget(gated, description["active_budget"])
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: its description is damaged or belongs to another network "
             f"({type(error).__name__}: {error})"
@@ -321,6 +343,9 @@ def _load_tensors(gated: nn.Module, tensors: dict[str, Tensor], source: str) -> 
             f"{unexpected[:5]}, of another shape {reshaped[:5]} ({len(missing)}, "
             f"{len(unexpected)} and {len(reshaped)} in all)"
         )
+    for name, tensor in (*gated.named_parameters(), *gated.named_buffers()):
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)  # a network saved in half precision
     gated.load_state_dict(tensors)
 
 
@@ -358,18 +383,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    _replace(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, notes))
+def _tensor_writer(tensors: dict[str, Tensor], notes: dict[str, str]) -> Callable[[Path], None]:
+    return lambda path: safetensors.torch.save_file(tensors, path, notes)
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside a file, then take its place: a crash leaves the old file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+def _replace(writers: dict[Path, Callable[[Path], Any]]) -> None:
+    """Write all files beside their places, then take the places: a failure leaves the old ones."""
+    temporaries: dict[Path, Path] = {}
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        for path, write in writers.items():
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            temporaries[path] = Path(name)
+            write(temporaries[path])
+            temporaries[path].chmod(0o644)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

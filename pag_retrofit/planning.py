@@ -239,8 +239,11 @@ class Surgery:
         self.plan = Plan(type(model).__name__, budget, shape, total, sites, dense)
 
     def install(self) -> None:
-        """Put the rewritten modules into the network."""
-        for path, module in self.replacements.items():
+        """Put the rewritten modules into the network, outer ones first.
+
+        A rewritten block keeps children of its own: what lies inside it must be put into it.
+        """
+        for path, module in sorted(self.replacements.items(), key=lambda item: len(item[0])):
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, module)
 
@@ -256,14 +259,19 @@ class Surgery:
                 kept.append(site)
             else:
                 blocks[site.owner].append(site)
-        for path, sites in blocks.items():
+        for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):  # inner first
             kept += self._rewrite_block(path, sites, findings)
         order = {site.name: position for position, site in enumerate(findings.sites)}
         return tuple(sorted(kept, key=lambda site: order[site.name]))
 
     def _rewrite_block(self, path: str, sites: list[Site], findings: Findings) -> list[Site]:
         try:
-            rewriter = BlockRewriter(self.modules[path], path)
+            inner = frozenset(
+                other.removeprefix(f"{path}.")
+                for other in self.replacements
+                if other.startswith(f"{path}.")
+            )
+            rewriter = BlockRewriter(self.modules[path], path, inner)
             for site in sites:
                 rewriter.insert(site, self._gate(site))
             self.replacements[path] = rewriter.finish()
@@ -283,8 +291,8 @@ class Surgery:
             initial_probability=self.config.gate.initial_probability,
         )
         like = next(self.modules[site.owner].parameters(), None)
-        if like is not None:
-            gate.to(like.device)
+        if like is not None and like.is_floating_point():
+            gate.to(like.device, like.dtype)
         return gate.train(self.modules[site.owner].training)
 
 

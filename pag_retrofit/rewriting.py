@@ -46,7 +46,7 @@ class GatedBlock(fx.GraphModule):
             own = block.__dict__[registry]
             for key in own:
                 own[key] = self.__dict__[registry][key]
-        block.train(self.training)
+        block.training = self.training
         return block
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GatedBlock:
@@ -88,16 +88,18 @@ class BlockRewriter:
     Args:
         block: The module that owns the sites; it is not modified.
         path: Its path in the network.
+        leaves: Paths inside the block of modules that are rewritten themselves; they are called,
+            not traced through.
 
     Raises:
         UntraceableError: The block cannot be traced.
     """
 
-    def __init__(self, block: nn.Module, path: str):
+    def __init__(self, block: nn.Module, path: str, leaves: frozenset[str] = frozenset()):
         """Trace the block."""
         self.block = block
         self.path = path
-        self.graph = trace_block(block)
+        self.graph = trace_block(block, leaves)
         self.gates: dict[str, PixelGate] = {}
 
     def insert(self, site: Site, gate: PixelGate) -> None:

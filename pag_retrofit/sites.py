@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,8 @@ class _Finder:
         self.network = network
         self.config = config
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        names = Counter(id(module) for module in self.modules.values())
+        self.aliased = {path for path, module in self.modules.items() if names[id(module)] > 1}
         self.nodes = list(network.graph.nodes)
         self.ancestors = ancestors(network.graph)
         self.layer_of: dict[Node, str] = {}
@@ -194,6 +197,8 @@ class _Finder:
         name, owner, index, side = key
         if not owner:
             raise NotPixelLocalError("the addition is in the forward of the network itself")
+        if owner in self.aliased:
+            raise NotPixelLocalError(f"{owner} has several names in the network")
         self._check_wanted(name)
         entry = self._entry(end, inside, add)
         analysis = _BranchAnalysis(self.network, set(inside), entry, end)
@@ -289,6 +294,8 @@ class _Finder:
             raise NotPixelLocalError(f"{type(module).__name__} computes its own way")
         if self.calls[name] > 1:
             raise NotPixelLocalError("it is used more than once")
+        if name in self.aliased:
+            raise NotPixelLocalError("it has several names in the network")
         self._check_wanted(name)
         _check_same(window, _padding_total(node))
         owner = self._identity_owner(node)
@@ -327,7 +334,8 @@ class _Finder:
             if operator_name(node) not in ACTIVATIONS | {"batch_norm"}:
                 break
             paths.append(self.network.owner(node))
-        return _common_parent(paths)
+        owner = _common_parent(paths)
+        return "" if owner in self.aliased else owner
 
     # --- checks and counts ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def example_tensor(model: nn.Module, example_input: Tensor | tuple[int, ...]) ->
     if isinstance(example_input, Tensor):
         shape = tuple(example_input.shape)
     else:
-        shape = tuple(example_input)
+        shape = tuple(example_input) if isinstance(example_input, Sequence) else ()
     if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise PagError(
             f"example_input={example_input!r}: expected a tensor (B, C, H, W) or its shape as "
@@ -78,7 +78,7 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     Raises:
         PagError: The network does not run on the example, or cannot be exported.
     """
-    with _evaluating(model):
+    with in_mode(model):
         macs = _count_macs(model, example)
         try:
             with warnings.catch_warnings():
@@ -115,7 +115,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put a network into evaluation (or training) mode; every module's own mode comes back."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -128,23 +129,29 @@ def _evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 class BlockTracer(fx.Tracer):
     """Traces one block down to modules that hold no other module, and timm's own leaves."""
 
-    def __init__(self) -> None:
-        """Register timm's leaf functions."""
+    def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
+        """Register timm's leaf functions; `leaves` are paths of further leaf modules."""
         from timm.models import get_notrace_functions, get_notrace_modules
 
         super().__init__(
             autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True
         )
-        self._leaves = tuple(get_notrace_modules())
+        self._leaf_types = (fx.GraphModule, *get_notrace_modules())
+        self._leaf_paths = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called rather than traced through."""
         childless = next(m.children(), None) is None
-        return childless or isinstance(m, self._leaves) or isinstance(m, fx.GraphModule)
+        named = module_qualified_name in self._leaf_paths
+        return childless or named or isinstance(m, self._leaf_types)
 
 
-def trace_block(block: nn.Module) -> fx.Graph:
+def trace_block(block: nn.Module, leaves: frozenset[str] = frozenset()) -> fx.Graph:
     """Trace a block so that the graph holds in training and in evaluation.
+
+    Args:
+        block: The block.
+        leaves: Paths inside it of modules to call rather than trace through.
 
     Raises:
         UntraceableError: It cannot be traced, or its forward depends on the mode.
@@ -152,8 +159,8 @@ def trace_block(block: nn.Module) -> fx.Graph:
     graphs = []
     for training in (True, False):
         try:
-            with _evaluating(block, training):
-                graphs.append(BlockTracer().trace(block))
+            with in_mode(block, training):
+                graphs.append(BlockTracer(leaves).trace(block))
         except Exception as error:
             raise UntraceableError(
                 f"{type(block).__name__} cannot be traced ({_first_line(error)})"
