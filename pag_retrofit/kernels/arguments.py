@@ -1,0 +1,260 @@
+"""What the kernels ask of their arguments, checked once, before any address is taken.
+
+Maps are NHWC, (B, H, W, C), float32, on the CPU, *dense-addressed*: one stride leads from each pixel
+to the next, through rows and images. A channels_last tensor permuted to NHWC is such a map, and so
+is a slice of its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.kernels.packing import packed_size
+
+ACTIVATIONS = (
+    "none",
+    "relu",
+    "relu6",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "leaky_relu",
+)
+MAX_SOURCES = 4  # PAG_MAX_SOURCES of the C interface
+MAX_PIXELS = 2**31 - 1  # what an int32 index can address
+MAX_EXTENT = 2**24  # of an axis and of a window, so that int32 coordinates cannot overflow
+
+
+class ConvolutionArguments(NamedTuple):
+    """The arguments of one convolution; see `pag_retrofit.kernels.PerforatedConvolution`.
+
+    Args:
+        out: (B, h, w, C'), written at listed pixels only.
+        sources: 1 to 4 maps whose channels, one after the other, are the input.
+        weights: Packed by `pack_weight`.
+        bias: (C').
+        pixels: int32, flat indices into (B, h, w), each at most once; None: every pixel.
+        count: int32, one element: how many of `pixels` are valid; None: all.
+        window: Kernel, stride, dilation and padding (top and left), each vertical, horizontal.
+        size: (H, W) of the input after upsampling.
+        groups: Of the convolution.
+        upsampling: Factor of each source, a power of two.
+        activation: One of `ACTIVATIONS`.
+        slope: Of `"leaky_relu"`.
+        scale: (B, C'), multiplies the sums (bias included).
+        input_scale: (B, C), multiplies the input; ungrouped convolutions only.
+        residual: Shaped as `out`, added at listed pixels.
+        accumulate: Add what `out` holds, as a residual that is updated in place.
+        residual_after: Add the residual after the activation instead of before.
+    """
+
+    out: Tensor
+    sources: Sequence[Tensor]
+    weights: Tensor
+    bias: Tensor | None
+    pixels: Tensor | None
+    count: Tensor | None
+    window: Sequence[int]
+    size: Sequence[int]
+    groups: int
+    upsampling: Sequence[int]
+    activation: str
+    slope: float
+    scale: Tensor | None
+    input_scale: Tensor | None
+    residual: Tensor | None
+    accumulate: bool
+    residual_after: bool
+
+
+def pixel_stride(name: str, x: Tensor) -> int:
+    """Floats from one pixel of a map to the next.
+
+    Raises:
+        PagError: It is not a dense-addressed float32 map on the CPU.
+    """
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or x.dim() != 4:
+        raise PagError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected float32 "
+            "(B, H, W, C) on the CPU; convert it with .float().cpu()"
+        )
+    batch, height, width, channels = x.shape
+    strides = x.stride()
+    if width > 1:
+        stride = strides[2]
+    elif height > 1:
+        stride = strides[1]
+    else:
+        stride = strides[0] if batch > 1 else channels
+    if (
+        (channels > 1 and strides[3] != 1)
+        or stride < channels
+        or (height > 1 and strides[1] != width * stride)
+        or (batch > 1 and strides[0] != height * width * stride)
+    ):
+        raise PagError(
+            f"{name} {tuple(x.shape)} has strides {strides}: expected one stride from pixel to "
+            "pixel and contiguous channels; make it contiguous, or slice its channels only"
+        )
+    if batch * height * width > MAX_PIXELS or max(height, width) > MAX_EXTENT:
+        raise PagError(f"{name} {tuple(x.shape)} has too many pixels: run smaller batches or tiles")
+    return stride
+
+
+def check_vector(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse an operand that is not float32, contiguous, on the CPU, and of a shape.
+
+    Raises:
+        PagError: It is not.
+    """
+    if x is None:
+        return
+    if x.shape != shape or x.dtype is not torch.float32 or not x.is_contiguous() or not x.is_cpu:
+        raise PagError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected contiguous float32 "
+            f"{shape} on the CPU"
+        )
+
+
+def check_list(pixels: Tensor | None, count: Tensor | None) -> None:
+    """Refuse a list that is not int32, contiguous and flat. Its entries are checked as they are read.
+
+    Raises:
+        PagError: It is not, or there is a count without a list.
+    """
+    for name, x in (("pixels", pixels), ("count", count)):
+        if x is None:
+            continue
+        if x.dtype is not torch.int32 or x.dim() != 1 or not x.is_contiguous() or not x.is_cpu:
+            raise PagError(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected contiguous int32 "
+                "with one axis on the CPU, as list_pixels returns it"
+            )
+    if count is not None and (pixels is None or count.numel() != 1):
+        raise PagError(
+            f"count has {count.numel()} elements: expected one, and a list that it belongs to"
+        )
+
+
+def list_length(pixels: Tensor | None, count: Tensor | None, dense: int) -> int:
+    """How many pixels are listed.
+
+    Args:
+        pixels: The list, or None for all.
+        count: How many of its entries are valid, or None for all.
+        dense: Number of pixels of the map.
+
+    Raises:
+        PagError: The count does not fit the list.
+    """
+    if pixels is None:
+        return dense
+    if count is None:
+        return pixels.numel()
+    length = int(count)
+    if not 0 <= length <= pixels.numel():
+        raise PagError(f"count={length}: expected 0 to {pixels.numel()}, the entries of its list")
+    return length
+
+
+def bad_index(pixels: Tensor, length: int, dense: int) -> PagError:
+    """The error that names an entry of a list that is no pixel of the map."""
+    listed = pixels[:length]
+    wrong = listed[(listed < 0) | (listed >= dense)]
+    return PagError(
+        f"pixels holds {int(wrong[0])}: expected flat indices from 0 to {dense - 1}; make the list "
+        "from a mask of the map it is used on"
+    )
+
+
+def check_window(name: str, window: Sequence[int]) -> None:
+    """Refuse a window that is not (kernel, stride, dilation, padding) in two directions each.
+
+    Raises:
+        PagError: It is not.
+    """
+    if (
+        len(window) != 8
+        or min(window[:6]) < 1
+        or min(window[6:]) < 0
+        or (max(window[0], window[1]) - 1) * max(window[4], window[5]) > MAX_EXTENT
+        or max(*window[2:4], *window[6:]) > MAX_EXTENT
+    ):
+        raise PagError(
+            f"{name}={tuple(window)}: expected kernel, stride, dilation (all >= 1) and padding "
+            "(>= 0), each vertical and horizontal"
+        )
+
+
+def check_convolution(a: ConvolutionArguments) -> None:
+    """Refuse arguments with which a convolution would be meaningless or leave its buffers.
+
+    Raises:
+        PagError: A shape, type, stride or value does not fit; the message says which.
+    """
+    check_window("window", a.window)
+    pixel_stride("out", a.out)
+    batch, out_height, out_width, out_channels = a.out.shape
+    channels = _check_sources(a, batch)
+    _check_groups(a, channels)
+    if max(out_height * a.window[2], out_width * a.window[3], *a.size) > 2 * MAX_EXTENT:
+        raise PagError(f"out {tuple(a.out.shape)} with stride {a.window[2:4]} is too large")
+    if a.activation not in ACTIVATIONS:
+        raise PagError(f"activation={a.activation!r}: expected one of {ACTIVATIONS}")
+    taps = a.window[0] * a.window[1]
+    check_vector("weights", a.weights, (packed_size(out_channels, channels, a.groups, taps),))
+    check_vector("bias", a.bias, (out_channels,))
+    check_vector("scale", a.scale, (batch, out_channels))
+    check_vector("input_scale", a.input_scale, (batch, channels))
+    check_list(a.pixels, a.count)
+    if a.residual is not None:
+        pixel_stride("residual", a.residual)
+        if a.residual.shape != a.out.shape or a.accumulate:
+            raise PagError(
+                f"residual {tuple(a.residual.shape)}: expected the shape of out "
+                f"{tuple(a.out.shape)}, and accumulate=False"
+            )
+
+
+def _check_sources(a: ConvolutionArguments, batch: int) -> int:
+    """Check the maps that are read; return their channels in all."""
+    if not 1 <= len(a.sources) <= MAX_SOURCES or len(a.upsampling) != len(a.sources):
+        raise PagError(
+            f"{len(a.sources)} sources with {len(a.upsampling)} upsampling factors: expected 1 to "
+            f"{MAX_SOURCES} sources and a factor for each"
+        )
+    channels = 0
+    for source, factor in zip(a.sources, a.upsampling, strict=True):
+        pixel_stride("source", source)
+        own_batch, height, width, own_channels = source.shape
+        channels += own_channels
+        if factor < 1 or factor & (factor - 1) or factor > MAX_EXTENT:
+            raise PagError(f"upsampling={factor}: expected a power of two")
+        if own_batch != batch or height * factor < a.size[0] or width * factor < a.size[1]:
+            raise PagError(
+                f"a source {tuple(source.shape)}, upsampled {factor} times, does not cover a batch "
+                f"of {batch} of size {tuple(a.size)}"
+            )
+    return channels
+
+
+def _check_groups(a: ConvolutionArguments, channels: int) -> None:
+    out_channels = a.out.shape[3]
+    if a.groups < 1 or channels % a.groups or out_channels % a.groups or not channels:
+        raise PagError(
+            f"groups={a.groups}: expected a divisor of {channels} input and {out_channels} output "
+            "channels"
+        )
+    if a.groups > 1 and (len(a.sources) > 1 or a.input_scale is not None):
+        raise PagError(
+            f"groups={a.groups} with several sources or an input_scale: expected one source; "
+            "concatenate or scale first"
+        )

@@ -1,0 +1,158 @@
+"""The kernels as `torch.library` operators, namespace `pag_retrofit`.
+
+Each checks its arguments, then runs the native kernel, or the reference where there is none. They
+change only what their schema says, so `torch.compile` and `torch.export` may hold them.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.kernels import native, reference
+from pag_retrofit.kernels.arguments import (
+    MAX_PIXELS,
+    ConvolutionArguments,
+    check_convolution,
+    check_list,
+    check_vector,
+    check_window,
+    pixel_stride,
+)
+
+_LIBRARY = torch.library.Library("pag_retrofit", "DEF")
+_LIBRARY.define(
+    "convolution(Tensor(a!) out, Tensor[] sources, Tensor weights, Tensor? bias, Tensor? pixels, "
+    "Tensor? count, int[] window, int[] size, int groups, int[] upsampling, str activation, "
+    "float slope, Tensor? scale, Tensor? input_scale, Tensor? residual, bool accumulate, "
+    "bool residual_after) -> ()"
+)
+_LIBRARY.define(
+    "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? count, Tensor? weight, "
+    "Tensor? bias, float epsilon) -> ()"
+)
+_LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? count) -> Tensor")
+_LIBRARY.define("gate(Tensor x, Tensor weight, Tensor bias, int[] stride) -> Tensor")
+_LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
+_LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
+
+
+@functools.cache
+def backend() -> ModuleType:
+    """The module that computes: `native`, or `reference` with one warning where that is not there."""
+    try:
+        native.library()
+    except PagError as error:
+        warnings.warn(
+            f"sparse execution uses plain torch, which is slower: {error}", stacklevel=2
+        )
+        return reference
+    return native
+
+
+@torch.library.impl(_LIBRARY, "convolution", "CPU")
+def _convolution(*arguments: object) -> None:
+    checked = ConvolutionArguments(*arguments)  # type: ignore[arg-type]
+    check_convolution(checked)
+    backend().convolution(checked)
+
+
+@torch.library.impl(_LIBRARY, "layer_norm", "CPU")
+def _layer_norm(
+    out: Tensor,
+    x: Tensor,
+    pixels: Tensor | None,
+    count: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+) -> None:
+    pixel_stride("out", out)
+    pixel_stride("x", x)
+    if out.shape != x.shape:
+        raise PagError(f"out is {tuple(out.shape)}: expected the shape of x, {tuple(x.shape)}")
+    check_list(pixels, count)
+    check_vector("weight", weight, (x.shape[3],))
+    check_vector("bias", bias, (x.shape[3],))
+    backend().layer_norm(out, x, pixels, count, weight, bias, epsilon)
+
+
+@torch.library.impl(_LIBRARY, "masked_mean", "CPU")
+def _masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+    pixel_stride("x", x)
+    check_list(pixels, count)
+    result: Tensor = backend().masked_mean(x, pixels, count)
+    return result
+
+
+@torch.library.impl(_LIBRARY, "gate", "CPU")
+def _gate(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
+    pixel_stride("x", x)
+    check_vector("weight", weight, (x.shape[3],))
+    check_vector("bias", bias, (1,))
+    if len(stride) != 2 or min(stride) < 1:
+        raise PagError(f"stride={tuple(stride)}: expected two numbers >= 1")
+    result: Tensor = backend().gate(x, weight, bias, tuple(stride))
+    return result
+
+
+@torch.library.impl(_LIBRARY, "list_pixels", "CPU")
+def _list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    _check_mask(mask)
+    result: tuple[Tensor, Tensor] = backend().list_pixels(mask, wanted)
+    return result
+
+
+@torch.library.impl(_LIBRARY, "needed_inputs", "CPU")
+def _needed_inputs(mask: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+    _check_mask(mask)
+    check_window("window", window)
+    if len(size) != 2 or min(size) < 1 or mask.shape[0] * size[0] * size[1] > MAX_PIXELS:
+        raise PagError(f"size={tuple(size)}: expected the input's height and width, both >= 1")
+    result: Tensor = backend().needed_inputs(mask, tuple(window), tuple(size))
+    return result
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 4 or mask.shape[1] != 1 or not mask.is_cpu or mask.numel() > MAX_PIXELS:
+        raise PagError(
+            f"mask is {tuple(mask.shape)} on {mask.device}: expected (B, 1, h, w) on the CPU, at "
+            f"most {MAX_PIXELS} pixels"
+        )
+
+
+@torch.library.register_fake("pag_retrofit::convolution", lib=_LIBRARY)
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("pag_retrofit::layer_norm", lib=_LIBRARY)
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("pag_retrofit::masked_mean", lib=_LIBRARY)
+def _(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[3])
+
+
+@torch.library.register_fake("pag_retrofit::gate", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
+    height, width = ((x.shape[axis] - 1) // stride[axis - 1] + 1 for axis in (1, 2))
+    return x.new_empty(x.shape[0], 1, height, width, dtype=torch.bool)
+
+
+@torch.library.register_fake("pag_retrofit::list_pixels", lib=_LIBRARY)
+def _(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    return mask.new_empty(mask.numel(), dtype=torch.int32), mask.new_empty(1, dtype=torch.int32)
+
+
+@torch.library.register_fake("pag_retrofit::needed_inputs", lib=_LIBRARY)
+def _(mask: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+    return mask.new_empty(mask.shape[0], 1, *size, dtype=torch.bool)

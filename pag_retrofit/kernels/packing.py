@@ -1,0 +1,101 @@
+"""The layout in which the kernels read weights.
+
+A *block* is up to 32 output channels: a matrix (taps * input channels, 32), or 16 wide where the last
+block needs no more, zeros in columns that do not exist. Groups with fewer than 16 output channels
+are computed in *bundles* that fill 16 columns as well as they can, with zeros between groups; larger
+groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a matrix
+(taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+WIDE, NARROW = 32, 16
+
+
+def is_depthwise(out_channels: int, channels: int, groups: int) -> bool:
+    """Whether each output channel reads the input channel of its number, and no other."""
+    return groups > 1 and groups == channels == out_channels
+
+
+def packed_size(out_channels: int, channels: int, groups: int, taps: int) -> int:
+    """Number of floats of a packed weight."""
+    if is_depthwise(out_channels, channels, groups):
+        return taps * _rounded(channels)
+    own_columns, own_channels = out_channels // groups, channels // groups
+    joined = _joined(own_columns, groups)
+    full, rest = divmod(groups, joined)
+    size = full * joined * _rounded(joined * own_columns) + rest * _rounded(rest * own_columns)
+    return taps * own_channels * size
+
+
+def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """Bring the weight of a convolution into the layout of the kernels.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        groups: Default 1.
+
+    Returns:
+        float32, one axis.
+    """
+    out_channels, own_channels, *kernel = weight.shape
+    channels, taps = own_channels * groups, kernel[0] * kernel[1]
+    rows = weight.detach().float().permute(2, 3, 1, 0).reshape(taps, own_channels, out_channels)
+    packed = rows.new_zeros(packed_size(out_channels, channels, groups, taps))
+    for part, columns in _parts(packed, out_channels, channels, groups, taps):
+        part.copy_(rows[:, :, columns])
+    return packed
+
+
+def unpack_weight(
+    packed: Tensor, out_channels: int, channels: int, groups: int, kernel: tuple[int, int]
+) -> Tensor:
+    """Undo `pack_weight`: the weight (out, in / groups, kh, kw)."""
+    taps = kernel[0] * kernel[1]
+    rows = packed.new_empty(taps, channels // groups, out_channels)
+    for part, columns in _parts(packed, out_channels, channels, groups, taps):
+        rows[:, :, columns] = part
+    return rows.reshape(*kernel, -1, out_channels).permute(3, 2, 0, 1)
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // NARROW) * NARROW
+
+
+def _joined(own_columns: int, groups: int) -> int:
+    """Groups of a bundle."""
+    return max(1, NARROW // own_columns) if groups > 1 else 1
+
+
+def _parts(
+    packed: Tensor, out_channels: int, channels: int, groups: int, taps: int
+) -> Iterator[tuple[Tensor, slice]]:
+    """Views (taps, in / groups, columns) of a packed weight, with the output channels they hold."""
+    if is_depthwise(out_channels, channels, groups):
+        yield packed.reshape(taps, 1, -1)[:, :, :channels], slice(0, channels)
+        return
+    own_columns, own_channels = out_channels // groups, channels // groups
+    joined = _joined(own_columns, groups)
+    offset = 0
+    for first in range(0, groups, joined):
+        count = min(joined, groups - first)
+        depth = count * own_channels
+        for at in range(0, count * own_columns, WIDE):
+            columns = min(WIDE, count * own_columns - at)
+            width = _rounded(columns)
+            block = packed[offset : offset + taps * depth * width].reshape(taps, depth, width)
+            offset += block.numel()
+            for group in range(count):
+                begin = max(group * own_columns, at)
+                end = min((group + 1) * own_columns, at + columns)
+                if begin < end:
+                    rows = slice(group * own_channels, (group + 1) * own_channels)
+                    start = first * own_columns
+                    yield (
+                        block[:, rows, begin - at : end - at],
+                        slice(start + begin, start + end),
+                    )

@@ -1,0 +1,242 @@
+"""What deployed networks call: packed convolutions, layer norms, means and gates at listed pixels.
+
+Maps are NHWC here, (B, H, W, C), float32, on the CPU, dense-addressed and sparsely written: a map
+has its full shape, and only the listed pixels of it are valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.functional import Window
+from pag_retrofit.kernels import operators as _operators  # registers them
+from pag_retrofit.kernels.arguments import ACTIVATIONS
+from pag_retrofit.kernels.packing import pack_weight
+
+_OPS = torch.ops.pag_retrofit
+assert _operators.backend  # imported for its effect
+
+
+class PixelList(NamedTuple):
+    """Listed pixels of a map (B, h, w).
+
+    Args:
+        pixels: int32, one entry per pixel of the map; flat indices, each at most once.
+        count: int32, one element: how many entries are valid.
+    """
+
+    pixels: Tensor
+    count: Tensor
+
+
+class Epilogue(NamedTuple):
+    """What a perforated convolution does before it writes a pixel.
+
+    y = after + activation(scale * (convolution + bias) + before)
+
+    Args:
+        residual: (B, h, w, C'), `before` or `after`.
+        accumulate: Take what the output holds as the residual: an update in place.
+        residual_after: The residual is `after` instead of `before`.
+        scale: (B, C').
+        input_scale: (B, C), multiplies the input; ungrouped convolutions only.
+    """
+
+    residual: Tensor | None = None
+    accumulate: bool = False
+    residual_after: bool = False
+    scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+class PerforatedConvolution(nn.Module):
+    """A convolution (or linear layer) evaluated at listed output pixels.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        bias: (out,), or None.
+        window: Kernel, stride, dilation, padding at the top and left. Padding at the bottom and
+            right is whatever the size of the output asks for.
+        groups: Default 1.
+        activation: One of `ACTIVATIONS`; default `"none"`.
+        slope: Of `"leaky_relu"`; default 0.01.
+
+    Raises:
+        PagError: The activation is unknown.
+    """
+
+    weights: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        window: Window,
+        groups: int = 1,
+        activation: str = "none",
+        slope: float = 0.01,
+    ):
+        """Pack the weight."""
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise PagError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+        self.out_channels, own_channels = weight.shape[:2]
+        self.channels = own_channels * groups
+        self.window, self.groups = window, groups
+        self.activation, self.slope = activation, slope
+        self.register_buffer("weights", pack_weight(weight, groups))
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self._flat_window = [number for pair in window for number in pair]
+
+    def forward(
+        self,
+        out: Tensor,
+        sources: Tensor | Sequence[Tensor],
+        listed: PixelList | None = None,
+        *,
+        upsampling: Sequence[int] | None = None,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
+        """Write the listed pixels of `out` and return it.
+
+        Args:
+            out: (B, h, w, out), or a slice of the channels of a wider map.
+            sources: Map, or up to four maps whose channels one after the other are the input;
+                none may share memory with `out`, other channels of one map excepted.
+            listed: Pixels of `out`; default all.
+            upsampling: Power of two by which each source is (nearest-neighbour) upsampled as it
+                is read; default 1 each. The input's size is that of the smallest source then.
+            epilogue: Residuals and scales; default none.
+
+        Raises:
+            PagError: A shape, type, stride or index does not fit.
+        """
+        maps = [sources] if isinstance(sources, Tensor) else list(sources)
+        factors = [1] * len(maps) if upsampling is None else list(upsampling)
+        pixels, count = (None, None) if listed is None else listed
+        e = epilogue or _NOTHING
+        pairs = list(zip(maps, factors, strict=True))
+        size = [min(source.shape[axis] * factor for source, factor in pairs) for axis in (1, 2)]
+        _OPS.convolution(
+            out, maps, self.weights, self.bias, pixels, count, self._flat_window, size,
+            self.groups, factors, self.activation, self.slope, e.scale, e.input_scale,
+            e.residual, e.accumulate, e.residual_after,
+        )  # fmt: skip
+        return out
+
+    def new_output(self, source: Tensor, size: tuple[int, int]) -> Tensor:
+        """An uninitialised map (B, h, w, out) for the batch of a source."""
+        return source.new_empty(source.shape[0], *size, self.out_channels)
+
+    def extra_repr(self) -> str:
+        """Show what a convolution shows."""
+        return (
+            f"{self.channels}, {self.out_channels}, {self.window}, groups={self.groups}, "
+            f"activation={self.activation!r}"
+        )
+
+
+_NOTHING = Epilogue()
+
+
+def layer_norm(
+    out: Tensor,
+    x: Tensor,
+    listed: PixelList | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> Tensor:
+    """Layer norm over the channels of the listed pixels of `x`, into `out` (which may be `x`).
+
+    Args:
+        out: (B, H, W, C).
+        x: (B, H, W, C).
+        listed: Default all pixels.
+        weight: (C,); default ones.
+        bias: (C,); default zeros.
+        epsilon: Added to the variance.
+
+    Returns:
+        `out`.
+
+    Raises:
+        PagError: A shape, type, stride or index does not fit.
+    """
+    pixels, count = (None, None) if listed is None else listed
+    _OPS.layer_norm(out, x, pixels, count, weight, bias, epsilon)
+    return out
+
+
+def masked_mean(x: Tensor, listed: PixelList | None = None) -> Tensor:
+    """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none.
+
+    Raises:
+        PagError: A shape, type, stride or index does not fit.
+    """
+    pixels, count = (None, None) if listed is None else listed
+    result: Tensor = _OPS.masked_mean(x, pixels, count)
+    return result
+
+
+def gate_mask(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """Decide which pixels to compute: where weight . x + bias >= 0.
+
+    Args:
+        x: (B, H, W, C).
+        weight: (C,).
+        bias: (1,).
+        stride: From one decided pixel to the next.
+
+    Returns:
+        Bool (B, 1, h, w), h = ceil(H / stride).
+
+    Raises:
+        PagError: A shape, type or stride does not fit.
+    """
+    result: Tensor = _OPS.gate(x, weight, bias, list(stride))
+    return result
+
+
+def list_pixels(mask: Tensor, *, closed: bool = False) -> PixelList:
+    """List the pixels of a mask (B, 1, h, w), any type: those not zero, or the zero ones.
+
+    Args:
+        mask: Zero where a pixel is closed.
+        closed: List the closed pixels.
+
+    Raises:
+        PagError: The mask has another shape.
+    """
+    return PixelList(*_OPS.list_pixels(mask, not closed))
+
+
+def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """Which input pixels a window operation reads for the open pixels of a mask.
+
+    The same as `pag_retrofit.functional.needed_inputs`, for hard masks, and faster.
+
+    Args:
+        mask: (B, 1, h, w), any type.
+        window: Of the operation.
+        size: (H, W) of its input.
+
+    Returns:
+        Bool (B, 1, H, W).
+
+    Raises:
+        PagError: The mask, window or size is not valid.
+    """
+    flat = [number for pair in window for number in pair]
+    result: Tensor = _OPS.needed_inputs(mask, flat, list(size))
+    return result

@@ -1,0 +1,146 @@
+"""The kernels in plain torch: what the native ones are tested against, and the fallback.
+
+Signatures, shapes and results are those of `native`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pag_retrofit.functional import Window
+from pag_retrofit.functional import needed_inputs as soft_needed_inputs
+from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_index, list_length
+from pag_retrofit.kernels.packing import is_depthwise, unpack_weight
+
+_PIXELS_AT_ONCE = 4096  # bounds the gathered input
+
+
+def convolution(a: ConvolutionArguments) -> None:
+    """Convolve at listed pixels: gather what each reads, then multiply; see the arguments."""
+    batch, height, width, out_channels = a.out.shape
+    channels = sum(source.shape[3] for source in a.sources)
+    weight = unpack_weight(
+        a.weights, out_channels, channels, a.groups, (a.window[0], a.window[1])
+    )
+    listed = _listed(a.pixels, a.count, batch * height * width)
+    for pixels in listed.split(_PIXELS_AT_ONCE):
+        where = _coordinates(pixels, height, width)
+        y = _multiply(_gather(a, where), weight, a.groups)
+        if a.bias is not None:
+            y = y + a.bias
+        if a.scale is not None:
+            y = y * a.scale[where[0]]
+        residual = a.out if a.accumulate else a.residual
+        if residual is not None and not a.residual_after:
+            y = y + residual[where]
+        y = activate(y, a.activation, a.slope)
+        if residual is not None and a.residual_after:
+            y = y + residual[where]
+        a.out[where] = y
+
+
+def activate(x: Tensor, activation: str, slope: float) -> Tensor:
+    """Apply an activation by name; `slope` is that of `"leaky_relu"`."""
+    if activation == "none":
+        return x
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, slope)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    result: Tensor = getattr(F, activation)(x)
+    return result
+
+
+def layer_norm(
+    out: Tensor,
+    x: Tensor,
+    pixels: Tensor | None,
+    count: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+) -> None:
+    """Layer norm over the channels of listed pixels of `x` (B, H, W, C) into `out`."""
+    batch, height, width, channels = x.shape
+    where = _coordinates(_listed(pixels, count, batch * height * width), height, width)
+    out[where] = F.layer_norm(x[where], (channels,), weight, bias, epsilon)
+
+
+def masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+    """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none."""
+    batch, height, width, channels = x.shape
+    where = _coordinates(_listed(pixels, count, batch * height * width), height, width)
+    total = x.new_zeros(batch, channels).index_add_(0, where[0], x[where])
+    counts = torch.bincount(where[0], minlength=batch).clamp_min(1)
+    return total / counts[:, None]
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
+    return (x[:, :: stride[0], :: stride[1]] @ weight + bias >= 0)[:, None]
+
+
+def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
+    found = ((mask != 0).flatten() == wanted).nonzero()[:, 0].int()
+    pixels = torch.zeros(mask.numel(), dtype=torch.int32)
+    pixels[: found.numel()] = found
+    return pixels, torch.tensor([found.numel()], dtype=torch.int32)
+
+
+def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """Bool (B, 1, H, W): input pixels that a window reads for the open pixels of a mask."""
+    pairs = [(window[i], window[i + 1]) for i in (0, 2, 4, 6)]
+    return soft_needed_inputs((mask != 0).float(), Window(*pairs), size) > 0
+
+
+def _listed(pixels: Tensor | None, count: Tensor | None, dense: int) -> Tensor:
+    if pixels is None:
+        return torch.arange(dense)
+    length = list_length(pixels, count, dense)
+    listed = pixels[:length].long()
+    if length and not (0 <= listed.min() and listed.max() < dense):
+        raise bad_index(pixels, length, dense)
+    return listed
+
+
+def _coordinates(pixels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, row and column of flat indices."""
+    line = pixels // width
+    return line // height, line % height, pixels % width
+
+
+def _gather(a: ConvolutionArguments, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What listed pixels read, (pixels, taps, channels), with zeros outside the input."""
+    image, row, column = where
+    kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x, top, left = a.window
+    taps = []
+    for tap in range(kernel_y * kernel_x):
+        y = row * stride_y - top + tap // kernel_x * dilation_y
+        x = column * stride_x - left + tap % kernel_x * dilation_x
+        inside = (y >= 0) & (y < a.size[0]) & (x >= 0) & (x < a.size[1])
+        y, x = y.clamp(0, a.size[0] - 1), x.clamp(0, a.size[1] - 1)
+        parts = [
+            source[image, y // factor, x // factor]
+            for source, factor in zip(a.sources, a.upsampling, strict=True)
+        ]
+        taps.append(torch.where(inside[:, None], torch.cat(parts, 1), 0.0))
+    gathered = torch.stack(taps, 1)
+    return gathered if a.input_scale is None else gathered * a.input_scale[image][:, None]
+
+
+def _multiply(gathered: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Multiply (pixels, taps, channels) by a weight (out, in / groups, kh, kw)."""
+    out_channels, own_channels = weight.shape[:2]
+    pixels, taps, channels = gathered.shape
+    if groups == 1:
+        return gathered.flatten(1) @ weight.permute(2, 3, 1, 0).reshape(-1, out_channels)
+    if is_depthwise(out_channels, channels, groups):
+        return (gathered * weight[:, 0].flatten(1).t()).sum(1)
+    split = gathered.reshape(pixels, taps, groups, own_channels)
+    kernels = weight.reshape(groups, -1, own_channels, taps)
+    return torch.einsum("ptgi,goit->pgo", split, kernels).reshape(pixels, out_channels)

@@ -1,0 +1,88 @@
+// What happens to a pixel's sums before they are written: scale, residual, activation.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int MAX_TILE = 14;      // pixels
+constexpr int MAX_COLUMNS = 64;   // output channels
+
+// The rows of one tile of pixels, and how its results are finished.
+struct Epilogue {
+  float* out[MAX_TILE];
+  const float* residual[MAX_TILE];  // all null, or none
+  const float* scale[MAX_TILE];     // all null, or none
+  const float* bias;                // or null
+  int activation;
+  int after;  // residual added after the activation
+  float slope;
+  bool plain;  // at most a residual before, and ReLU: done on the accumulators
+};
+
+// Finish `pixels` rows of sums (bias included) of `width` floats, of which `columns` are real.
+template <class Activation>
+PAG_INLINE void finish_rows(const Epilogue& e, const float* sums, int pixels, int width, int column,
+                            int columns, Activation activate) {
+  for (int i = 0; i < pixels; i++, sums += width) {
+    for (int j = 0; j < columns; j += LANES) {
+      const int valid = columns - j, at = column + j;
+      Vector y = load(sums + j);
+      if (e.scale[i]) y *= load_up_to(e.scale[i] + at, valid);
+      if (e.residual[i] && !e.after) y += load_up_to(e.residual[i] + at, valid);
+      y = activate(y);
+      if (e.residual[i] && e.after) y += load_up_to(e.residual[i] + at, valid);
+      store_up_to(e.out[i] + at, y, valid);
+    }
+  }
+}
+
+__attribute__((noinline)) void finish(const Epilogue& e, const float* sums, int pixels, int width,
+                                      int column, int columns) {
+#define PAG_FINISH(NAME, ACTIVATION) \
+  case NAME: return finish_rows(e, sums, pixels, width, column, columns, ACTIVATION);
+  switch (e.activation) {
+    PAG_FINISH(PAG_NONE, None())
+    PAG_FINISH(PAG_RELU, Relu())
+    PAG_FINISH(PAG_RELU6, Relu6())
+    PAG_FINISH(PAG_SILU, Silu())
+    PAG_FINISH(PAG_GELU, Gelu())
+    PAG_FINISH(PAG_GELU_TANH, GeluTanh())
+    PAG_FINISH(PAG_HARDSWISH, Hardswish())
+    PAG_FINISH(PAG_HARDSIGMOID, Hardsigmoid())
+    PAG_FINISH(PAG_SIGMOID, Sigmoid())
+    PAG_FINISH(PAG_LEAKY_RELU, LeakyRelu{e.slope})
+  }
+#undef PAG_FINISH
+}
+
+// Finish a tile of accumulators held in registers.
+template <int PIXELS, int VECTORS>
+PAG_INLINE void finish_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
+                            int columns) {
+  if (!e.plain || columns < VECTORS * LANES) {
+    alignas(64) float buffer[PIXELS * VECTORS * LANES];
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++)
+      PAG_UNROLL
+      for (int j = 0; j < VECTORS; j++) store(buffer + (i * VECTORS + j) * LANES, sums[i][j]);
+    finish(e, buffer, PIXELS, VECTORS * LANES, column, columns);
+    return;
+  }
+  if (e.residual[0])
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++)
+      PAG_UNROLL
+      for (int j = 0; j < VECTORS; j++) sums[i][j] += load(e.residual[i] + column + j * LANES);
+  if (e.activation == PAG_RELU)
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++)
+      PAG_UNROLL
+      for (int j = 0; j < VECTORS; j++) sums[i][j] = Relu()(sums[i][j]);
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++)
+    PAG_UNROLL
+    for (int j = 0; j < VECTORS; j++) store(e.out[i] + column + j * LANES, sums[i][j]);
+}
+
+}  // namespace

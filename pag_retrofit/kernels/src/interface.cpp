@@ -1,0 +1,319 @@
+// The C interface: chooses the instruction set, checks lists, and splits work over threads.
+#include "interface.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "plan.h"
+
+extern const pag_kernels pag_kernels_portable;
+#if defined(__x86_64__)
+extern const pag_kernels pag_kernels_avx2;
+extern const pag_kernels pag_kernels_avx512;
+#endif
+
+namespace {
+
+constexpr int64_t LINE = 64;              // bytes of a cache line
+constexpr int64_t SMALLEST_SHARE = 1 << 18;  // operations worth waking a thread for
+constexpr int UNITS_PER_THREAD = 4;       // so that an interrupted thread does not hold up the rest
+
+const pag_kernels* supported(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (!name || !strcmp(name, "avx512"))) return &pag_kernels_avx512;
+  if (avx2 && (!name || !strcmp(name, "avx2"))) return &pag_kernels_avx2;
+#endif
+  return !name || !strcmp(name, "portable") ? &pag_kernels_portable : nullptr;
+}
+
+std::atomic<const pag_kernels*> chosen{nullptr};
+
+const pag_kernels& kernels() {
+  const pag_kernels* table = chosen.load(std::memory_order_relaxed);
+  if (!table) chosen.store(table = supported(nullptr), std::memory_order_relaxed);
+  return *table;
+}
+
+// --- threads ---------------------------------------------------------------------------------
+
+using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Gomp> openmp{nullptr};
+
+// Units of work that threads take one after the other.
+template <class Unit>
+struct Work {
+  const Unit* unit;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+
+  static void run(void* self) {
+    Work& work = *static_cast<Work*>(self);
+    for (int64_t i; (i = work.next.fetch_add(1)) < work.count;) (*work.unit)(i);
+  }
+};
+
+// Call unit(0) ... unit(count - 1) on up to `threads` threads, this one included. The runtime that
+// torch uses already has workers; a second pool would compete with them for the same cores.
+template <class Unit>
+void share(int64_t count, int threads, const Unit& unit) {
+  Work<Unit> work{&unit, count};
+  threads = (int)std::min<int64_t>(threads, count);
+  if (threads <= 1) return Work<Unit>::run(&work);
+  if (const Gomp parallel = openmp.load(std::memory_order_relaxed))
+    return parallel(Work<Unit>::run, &work, (unsigned)threads, 0);
+  std::vector<std::thread> helpers;
+  helpers.reserve(threads - 1);
+  try {
+    for (int i = 1; i < threads; i++) helpers.emplace_back(Work<Unit>::run, &work);
+  } catch (const std::exception&) {
+  }  // no more threads to be had: those that started, and this one, do all
+  Work<Unit>::run(&work);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+int worthwhile(int threads, int64_t operations) {
+  return (int)std::clamp<int64_t>(operations / SMALLEST_SHARE, 1, std::max(threads, 1));
+}
+
+// --- memory ----------------------------------------------------------------------------------
+
+// Memory of one thread, which only grows.
+struct Scratch {
+  char* data = nullptr;
+  int64_t size = 0;
+
+  ~Scratch() { free(data); }
+
+  char* at_least(int64_t bytes) {
+    if (bytes > size) {
+      free(data);
+      size = 0;
+      data = static_cast<char*>(aligned_alloc(LINE, bytes));
+      if (data) size = bytes;
+    }
+    return data;
+  }
+};
+
+thread_local Scratch thread_scratch;
+
+int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
+  char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.zeros_bytes +
+                                     plan.panel_bytes);
+  if (!at) return false;
+  scratch.rows = reinterpret_cast<const float**>(at);
+  scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
+  scratch.zeros = reinterpret_cast<float*>(at += plan.offsets_bytes);
+  scratch.panel = reinterpret_cast<float*>(at += plan.zeros_bytes);
+  memset(scratch.zeros, 0, plan.zeros_bytes);
+  const pag_convolution& call = *plan.call;
+  int64_t* offset = scratch.offsets;
+  for (int64_t ky = 0; ky < call.kernel[0]; ky++)
+    for (int64_t kx = 0; kx < call.kernel[1]; kx++)
+      for (int s = 0; s < call.source_count; s++)
+        *offset++ = (ky * call.dilation[0] * call.sources[s].width + kx * call.dilation[1]) *
+                    call.sources[s].stride;
+  return true;
+}
+
+// --- convolution -----------------------------------------------------------------------------
+
+bool inside(const pag_list& list, int64_t pixels) {
+  if (!list.pixels) return list.count == pixels;
+  bool outside = false;
+  for (int64_t i = 0; i < list.count; i++) outside |= (uint32_t)list.pixels[i] >= pixels;
+  return !outside;
+}
+
+bool is_pointwise(const pag_convolution& call) {
+  bool result = call.kernel[0] * call.kernel[1] == 1 && !call.padding[0] && !call.padding[1] &&
+                call.stride[0] * call.stride[1] == 1 && call.height == call.out_height &&
+                call.width == call.out_width;
+  for (int s = 0; s < call.source_count; s++)
+    result &= call.sources[s].height == call.height && call.sources[s].width == call.width;
+  return result;
+}
+
+pag_plan make_plan(const pag_convolution& call, const pag_kernels& table) {
+  constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
+  pag_plan plan = {};
+  plan.call = &call;
+  plan.taps = call.kernel[0] * call.kernel[1];
+  plan.segments = plan.taps * call.source_count;
+  const int group_columns = call.out_channels / call.groups;
+  const int joined = call.groups > 1 ? std::max(1, 16 / group_columns) : 1;
+  plan.bundle_channels = joined * (call.channels / call.groups);
+  plan.bundle_columns = joined * group_columns;
+  plan.bundles = (call.groups + joined - 1) / joined;
+  plan.blocks_per_bundle = (plan.bundle_columns + 31) / 32;
+  plan.blocks = plan.bundles * plan.blocks_per_bundle;
+  plan.depthwise = call.groups > 1 && call.groups == call.channels && group_columns == 1;
+  plan.pointwise = is_pointwise(call);
+  plan.gathered =
+      call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
+  plan.tile = plan.depthwise ? table.depthwise_tile : table.tile;
+  plan.pixels = call.list.count;
+  plan.tiles = (plan.pixels + plan.tile - 1) / plan.tile;
+  int64_t widest = 0;
+  for (int s = 0; s < call.source_count; s++)
+    widest = std::max<int64_t>(widest, call.sources[s].channels);
+  plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile);
+  plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
+  plan.zeros_bytes = whole_lines(sizeof(float) * widest);
+  if (plan.gathered)
+    plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
+  return plan;
+}
+
+int64_t weights_budget() {  // half the cache of a core, the other half is for the maps
+  static const int64_t bytes = [] {
+    long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::max<int64_t>(size, 1 << 19) / 2;
+  }();
+  return bytes;
+}
+
+// Blocks of output channels that are computed together, tile by tile: their weights stay cached.
+int32_t blocks_together(const pag_plan& plan, int threads) {
+  if (plan.depthwise) return 1;
+  const int64_t bytes = (int64_t)plan.taps * plan.bundle_channels * 32 * sizeof(float);
+  const int64_t fitting = std::clamp<int64_t>(weights_budget() / bytes, 1, plan.blocks);
+  const int64_t parts = (plan.blocks + fitting - 1) / fitting;
+  int64_t together = (plan.blocks + parts - 1) / parts;
+  if (plan.tiles < threads)  // too few pixels to go round: share the channels out
+    together = std::min<int64_t>(together, (plan.blocks + threads - 1) / threads);
+  return (int32_t)together;
+}
+
+}  // namespace
+
+const char* pag_instruction_set(void) { return kernels().name; }
+
+int pag_use_instruction_set(const char* name) {
+  const pag_kernels* table = supported(name);
+  if (table) chosen.store(table, std::memory_order_relaxed);
+  return table != nullptr;
+}
+
+void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(gomp_parallel)); }
+
+int pag_convolve(const pag_convolution* call, int threads) {
+  const pag_kernels& table = kernels();
+  if (!inside(call->list, (int64_t)call->batch * call->out_height * call->out_width))
+    return PAG_BAD_INDEX;
+  if (!call->list.count) return PAG_OK;
+  const pag_plan plan = make_plan(*call, table);
+  const int64_t macs = plan.pixels * plan.taps * call->out_channels * call->channels / call->groups;
+  threads = worthwhile(threads, macs / 8);
+  const int32_t together = blocks_together(plan, threads);
+  const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
+  const int64_t chunks =
+      threads == 1 ? 1 : std::min<int64_t>(plan.tiles, (int64_t)threads * UNITS_PER_THREAD);
+  std::atomic<bool> failed{false};
+  share(parts * chunks, threads, [&](int64_t unit) {
+    const int64_t part = unit / chunks, chunk = unit % chunks;
+    pag_scratch scratch;
+    if (!take_scratch(plan, scratch)) {
+      failed.store(true);
+      return;
+    }
+    table.convolution(&plan, &scratch, (int32_t)part * together,
+                      std::min<int32_t>((int32_t)(part + 1) * together, plan.blocks),
+                      plan.tiles * chunk / chunks, plan.tiles * (chunk + 1) / chunks);
+  });
+  return failed.load() ? PAG_NO_MEMORY : PAG_OK;
+}
+
+int pag_layer_norm(const pag_rows* call, int threads) {
+  const pag_kernels& table = kernels();
+  if (!inside(call->list, (int64_t)call->batch * call->pixels)) return PAG_BAD_INDEX;
+  const int64_t count = call->list.count;
+  const int64_t chunks = worthwhile(threads, count * call->channels);
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.layer_norm(call, count * i / chunks, count * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
+int pag_mean(const pag_rows* call, int threads) {
+  const pag_kernels& table = kernels();
+  if (!inside(call->list, (int64_t)call->batch * call->pixels)) return PAG_BAD_INDEX;
+  char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * call->batch));
+  if (!memory) return PAG_NO_MEMORY;
+  int64_t* counts = reinterpret_cast<int64_t*>(memory);
+  std::fill_n(counts, call->batch, call->list.pixels ? 0 : (int64_t)call->pixels);
+  if (call->list.pixels)
+    for (int64_t i = 0; i < call->list.count; i++) counts[call->list.pixels[i] / call->pixels]++;
+  constexpr int32_t STEP = 64;  // channels: whole lines, so that no two threads write one
+  const int32_t steps = (call->channels + STEP - 1) / STEP;
+  const int64_t chunks =
+      std::min(steps, worthwhile(threads, call->list.count * call->channels));
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.mean(call, counts, (int32_t)(steps * i / chunks) * STEP,
+               std::min<int32_t>((int32_t)(steps * (i + 1) / chunks) * STEP, call->channels));
+  });
+  return PAG_OK;
+}
+
+int pag_decide(const pag_gate* call, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t pixels = (int64_t)call->batch * call->out_height * call->out_width;
+  const int64_t chunks = worthwhile(threads, pixels * call->channels);
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.decide(call, pixels * i / chunks, pixels * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
+int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < pixels; i++) {
+    list[count] = (int32_t)i;  // never behind the end: count <= i
+    count += (mask[i] != 0) == (wanted != 0);
+  }
+  return count;
+}
+
+void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height, int32_t out_width,
+                       const pag_window* window, uint8_t* needed, int32_t height, int32_t width) {
+  memset(needed, 0, (int64_t)batch * height * width);
+  for (int64_t row = 0; row < (int64_t)batch * out_height; row++) {
+    const int64_t image = row / out_height;
+    const int64_t top = row % out_height * window->stride[0] - window->padding[0];
+    for (int64_t ky = 0; ky < window->kernel[0]; ky++) {
+      const int64_t y = top + ky * window->dilation[0];
+      if (y < 0 || y >= height) continue;
+      uint8_t* line = needed + (image * height + y) * width;
+      for (int64_t kx = 0; kx < window->kernel[1]; kx++) {
+        // Output pixels x with 0 <= left + x * stride < width.
+        const int64_t left = kx * window->dilation[1] - window->padding[1];
+        const int64_t stride = window->stride[1];
+        const int64_t begin = left >= 0 ? 0 : (-left + stride - 1) / stride;
+        const int64_t end =
+            left >= width ? 0 : std::min<int64_t>(out_width, (width - 1 - left) / stride + 1);
+        const uint8_t* open = mask + row * out_width;
+        if (stride == 1) {
+          for (int64_t x = begin; x < end; x++) line[left + x] |= open[x];
+        } else {
+          for (int64_t x = begin; x < end; x++) line[left + x * stride] |= open[x];
+        }
+      }
+    }
+  }
+}

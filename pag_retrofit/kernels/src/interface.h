@@ -1,0 +1,97 @@
+// The plain C interface of the native kernels; native.py mirrors these structures.
+//
+// Every map is NHWC float32 and dense-addressed: pixel i of a batch (images, then rows, then columns)
+// starts at data + i * stride. A stride larger than the channels addresses a channel slice of a
+// wider map. Lists hold flat pixel indices of the output, each at most once.
+#pragma once
+
+#include <stdint.h>
+
+#define PAG_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum { PAG_MAX_SOURCES = 4 };
+
+enum pag_status { PAG_OK = 0, PAG_BAD_INDEX = 1, PAG_NO_MEMORY = 2 };
+
+enum pag_activation {
+  PAG_NONE, PAG_RELU, PAG_RELU6, PAG_SILU, PAG_GELU, PAG_GELU_TANH,
+  PAG_HARDSWISH, PAG_HARDSIGMOID, PAG_SIGMOID, PAG_LEAKY_RELU,
+};
+
+// One of the maps whose channels, one after the other, are the input. A map that is upsampled is
+// read at (y >> shift, x >> shift): nearest-neighbour upsampling by 2^shift without a copy.
+struct pag_source {
+  const float* data;
+  int64_t stride;
+  int32_t channels, height, width, shift;
+};
+
+struct pag_list {
+  const int32_t* pixels;  // null: every pixel
+  int64_t count;
+};
+
+// y = after(act(scale * (conv(input_scale * x) + bias) + before)), at listed pixels.
+struct pag_convolution {
+  int32_t batch, height, width;  // input, after upsampling
+  int32_t out_height, out_width, channels, out_channels, groups;
+  int32_t kernel[2], stride[2], dilation[2], padding[2];  // (vertical, horizontal); top and left
+  int32_t activation, residual_after_activation;
+  float slope;  // of PAG_LEAKY_RELU
+  int32_t source_count;
+  pag_source sources[PAG_MAX_SOURCES];
+  pag_list list;
+  const float* weights;      // packed, see packing.py
+  const float* bias;         // (out_channels) or null
+  const float* scale;        // (batch, out_channels) or null
+  const float* input_scale;  // (batch, channels) or null
+  const float* residual;     // dense-addressed like the output, or null; may be the output itself
+  int64_t residual_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+// Rows of `channels` floats at listed pixels of a dense-addressed map of batch * pixels rows.
+struct pag_rows {
+  int32_t batch, pixels, channels;
+  pag_list list;
+  const float* in;
+  int64_t in_stride;
+  float* out;  // layer norm: dense-addressed rows; mean: (batch, channels), contiguous
+  int64_t out_stride;
+  const float* weight;  // layer norm: (channels) or null
+  const float* bias;    // layer norm: (channels) or null
+  float epsilon;
+};
+
+// mask[pixel] = weight . in[strided pixel] + bias >= 0
+struct pag_gate {
+  int32_t batch, height, width, out_height, out_width, channels, stride[2];
+  const float* in;
+  int64_t in_stride;
+  const float* weight;  // (channels)
+  const float* bias;    // one number
+  uint8_t* mask;        // (batch, out_height, out_width)
+};
+
+struct pag_window {
+  int32_t kernel[2], stride[2], dilation[2], padding[2];
+};
+
+// Instruction sets, in rising order: "portable", "avx2", "avx512".
+PAG_EXPORT const char* pag_instruction_set(void);
+// Use the named set; returns 0 (and changes nothing) where it is unknown or the processor lacks it.
+PAG_EXPORT int pag_use_instruction_set(const char* name);
+// Run loops on an OpenMP runtime that is already loaded: the address of its GOMP_parallel.
+PAG_EXPORT void pag_use_openmp(void* gomp_parallel);
+
+PAG_EXPORT int pag_convolve(const pag_convolution* call, int threads);
+PAG_EXPORT int pag_layer_norm(const pag_rows* call, int threads);
+PAG_EXPORT int pag_mean(const pag_rows* call, int threads);
+PAG_EXPORT int pag_decide(const pag_gate* call, int threads);
+// Indices where (mask != 0) == wanted, ascending; returns how many.
+PAG_EXPORT int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list);
+// Input pixels that a window operation reads for the output pixels of a mask.
+PAG_EXPORT void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height,
+                                  int32_t out_width, const pag_window* window, uint8_t* needed,
+                                  int32_t height, int32_t width);

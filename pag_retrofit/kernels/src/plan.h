@@ -1,0 +1,42 @@
+// What is the same for all tiles of one convolution; made once per call, read by every thread.
+#pragma once
+
+#include "interface.h"
+
+// A range of output channels that one pass over the weights computes.
+struct pag_block {
+  int32_t channel, channels;        // of the input, of each tap
+  int32_t column, columns, width;   // of the output; the width in the packed weights
+  const float* weights;             // (taps * channels, width)
+};
+
+struct pag_plan {
+  const pag_convolution* call;
+  int32_t taps, segments;  // a segment is one tap of one source
+  int32_t bundle_channels, bundle_columns, bundles;  // groups are computed in bundles, see packing.py
+  int32_t blocks_per_bundle, blocks;
+  int32_t tile;     // pixels
+  int64_t pixels, tiles;
+  bool depthwise;
+  bool pointwise;  // output pixel i reads input pixel i alone
+  bool gathered;   // a tile's input is copied together before it is multiplied
+  int64_t rows_bytes, offsets_bytes, zeros_bytes, panel_bytes;  // of a thread's scratch memory
+};
+
+struct pag_scratch {
+  const float** rows;   // (segments, pixels of the tile): where each segment of each pixel starts
+  int64_t* offsets;     // (segments): distance of a segment from a pixel's first tap
+  float* zeros;         // what padding reads
+  float* panel;         // (tile, taps * channels): gathered input
+};
+
+// The functions of one instruction set.
+struct pag_kernels {
+  const char* name;
+  int32_t tile, depthwise_tile;
+  void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
+                      int64_t tile_begin, int64_t tile_end);
+  void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
+  void (*mean)(const pag_rows*, const int64_t* counts, int32_t channel_begin, int32_t channel_end);
+  void (*decide)(const pag_gate*, int64_t begin, int64_t end);
+};

@@ -1,0 +1,112 @@
+// Operations on whole rows (all channels of one pixel): layer norm, mean over pixels, the gate.
+#pragma once
+
+#include <math.h>
+
+#include "convolution.h"
+
+namespace {
+
+constexpr int WAYS = 4;  // independent sums, to hide the latency of an addition
+
+// sum over i of (x[i] - shift) * y[i], with y the same as x - shift where it is null.
+PAG_INLINE float product(const float* x, float shift, const float* y, int count) {
+  Vector sums[WAYS] = {};
+  int i = 0;
+  for (; i + WAYS * LANES <= count; i += WAYS * LANES)
+    PAG_UNROLL
+    for (int j = 0; j < WAYS; j++) {
+      const Vector v = load(x + i + j * LANES) - shift;
+      sums[j] += v * (y ? load(y + i + j * LANES) : v);
+    }
+  for (; i + LANES <= count; i += LANES) {
+    const Vector v = load(x + i) - shift;
+    sums[0] += v * (y ? load(y + i) : v);
+  }
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < count; i++) total += (x[i] - shift) * (y ? y[i] : x[i] - shift);
+  return total;
+}
+
+PAG_INLINE float total(const float* x, int count) {
+  Vector sums = {};
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) sums += load(x + i);
+  float rest = sum(sums);
+  for (; i < count; i++) rest += x[i];
+  return rest;
+}
+
+// Positions [begin, end) of the list; (x - mean) / sqrt(variance + epsilon) * weight + bias.
+void layer_norm(const pag_rows* call, int64_t begin, int64_t end) {
+  const int channels = call->channels;
+  for (int64_t position = begin; position < end; position++) {
+    const int64_t index = index_at(call->list, position);
+    const float* in = call->in + index * call->in_stride;
+    float* out = call->out + index * call->out_stride;
+    const float mean = total(in, channels) / channels;
+    const float variance = product(in, mean, nullptr, channels) / channels;
+    const float scale = 1.f / sqrtf(variance + call->epsilon);
+    for (int i = 0; i < channels; i += LANES) {
+      const int left = channels - i;
+      Vector y = (load_up_to(in + i, left) - mean) * scale;
+      if (call->weight) y *= load_up_to(call->weight + i, left);
+      if (call->bias) y += load_up_to(call->bias + i, left);
+      store_up_to(out + i, y, left);
+    }
+  }
+}
+
+// Add sums to a row and clear them.
+PAG_INLINE void flush(float* row, Vector (&sums)[WAYS], int channels) {
+  PAG_UNROLL
+  for (int j = 0; j < WAYS; j++) {
+    const int left = channels - j * LANES;
+    if (left > 0) store_up_to(row + j * LANES, load_up_to(row + j * LANES, left) + sums[j], left);
+    sums[j] = Vector{};
+  }
+}
+
+// Mean over each image's listed pixels, of channels [channel_begin, channel_end); 0 over none.
+void mean(const pag_rows* call, const int64_t* counts, int32_t channel_begin, int32_t channel_end) {
+  constexpr int LONGEST = 256;  // rows summed before they join the total: keeps rounding small
+  const int32_t channels = call->channels;
+  for (int32_t c = channel_begin; c < channel_end; c += WAYS * LANES) {
+    const int width = channel_end - c;
+    for (int32_t image = 0; image < call->batch; image++)
+      memset(call->out + (int64_t)image * channels + c, 0,
+             sizeof(float) * (width < WAYS * LANES ? width : WAYS * LANES));
+    Vector sums[WAYS] = {};
+    int32_t image = 0, run = 0;
+    for (int64_t position = 0; position < call->list.count; position++) {
+      const int64_t index = index_at(call->list, position);
+      const int64_t first = (int64_t)image * call->pixels;
+      if (index < first || index >= first + call->pixels || ++run > LONGEST) {
+        flush(call->out + (int64_t)image * channels + c, sums, width);
+        image = (int32_t)(index / call->pixels);
+        run = 1;
+      }
+      const float* in = call->in + index * call->in_stride + c;
+      PAG_UNROLL
+      for (int j = 0; j < WAYS; j++)
+        if (width > j * LANES) sums[j] += load_up_to(in + j * LANES, width - j * LANES);
+    }
+    flush(call->out + (int64_t)image * channels + c, sums, width);
+  }
+  for (int32_t image = 0; image < call->batch; image++)
+    for (int32_t c = channel_begin; c < channel_end && counts[image]; c++)
+      call->out[(int64_t)image * channels + c] /= counts[image];
+}
+
+// Output pixels [begin, end), all images.
+void decide(const pag_gate* call, int64_t begin, int64_t end) {
+  for (int64_t pixel = begin; pixel < end; pixel++) {
+    const int64_t line = pixel / call->out_width, image = line / call->out_height;
+    const int64_t y = (line - image * call->out_height) * call->stride[0];
+    const int64_t x = (pixel - line * call->out_width) * call->stride[1];
+    const float* in = call->in + ((image * call->height + y) * call->width + x) * call->in_stride;
+    call->mask[pixel] = product(in, 0, call->weight, call->channels) + *call->bias >= 0;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,150 @@
+// Float vectors of the width that this translation unit is compiled for, and activations on them.
+//
+// Everything is in an unnamed namespace and no standard C++ header is included: this file is compiled
+// once per instruction set, and a shared inline function could reach a processor that lacks one.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "interface.h"
+
+#define PAG_INLINE inline __attribute__((always_inline))
+#define PAG_UNROLL _Pragma("GCC unroll 32")
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+PAG_INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
+PAG_INLINE void store(float* p, Vector v) { *(Unaligned*)p = v; }
+PAG_INLINE Vector broadcast(float x) { return x - Vector{}; }
+
+// The first `count` < LANES floats, then zeros; nothing behind them is touched.
+PAG_INLINE Vector load_first(const float* p, int count) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  float lanes[LANES] = {};
+  memcpy(lanes, p, sizeof(float) * count);
+  return load(lanes);
+#endif
+}
+
+PAG_INLINE void store_first(float* p, Vector v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  memcpy(p, lanes, sizeof(float) * count);
+#endif
+}
+
+PAG_INLINE Vector load_up_to(const float* p, int count) {
+  return count >= LANES ? load(p) : load_first(p, count);
+}
+
+PAG_INLINE void store_up_to(float* p, Vector v, int count) {
+  if (count >= LANES)
+    store(p, v);
+  else
+    store_first(p, v, count);
+}
+
+PAG_INLINE float sum(Vector v) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[LANES / 4];
+  memcpy(parts, &v, sizeof v);
+  for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
+// Written so that a NaN passes, as in torch.
+PAG_INLINE Vector at_least(Vector x, float low) { return x < low ? broadcast(low) : x; }
+PAG_INLINE Vector at_most(Vector x, float high) { return x > high ? broadcast(high) : x; }
+
+// e^x = 2^n e^r with |r| <= ln(2)/2 and the Taylor polynomial of e^r, whose rest is below 1e-7.
+PAG_INLINE Vector exponential(Vector x) {
+  x = at_most(at_least(x, -87.f), 88.f);
+  const Vector shifter = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vector shifted = x * 1.44269504f + shifter;
+  Vector n = shifted - shifter;
+  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts
+  Vector p = broadcast(1.f / 720);
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  Integers exponent = ((Integers)shifted - (Integers)shifter + 127) << 23;
+  return p * (Vector)exponent;
+}
+
+struct None {
+  PAG_INLINE Vector operator()(Vector x) const { return x; }
+};
+struct Relu {
+  PAG_INLINE Vector operator()(Vector x) const { return at_least(x, 0.f); }
+};
+struct Relu6 {
+  PAG_INLINE Vector operator()(Vector x) const { return at_most(at_least(x, 0.f), 6.f); }
+};
+struct Sigmoid {
+  PAG_INLINE Vector operator()(Vector x) const { return 1.f / (1.f + exponential(-x)); }
+};
+struct Silu {
+  PAG_INLINE Vector operator()(Vector x) const { return x / (1.f + exponential(-x)); }
+};
+struct GeluTanh {  // 0.5 (1 + tanh(z)) = sigmoid(2z), z = sqrt(2/pi) (x + 0.044715 x^3)
+  PAG_INLINE Vector operator()(Vector x) const {
+    return x / (1.f + exponential(x * (x * x * -0.0713548163f - 1.59576912f)));
+  }
+};
+struct Gelu {
+  // x * Phi(x), Phi the normal distribution function. Phi(x) - 1/2 is x times a polynomial in
+  // 2 (x/5)^2 - 1 where |x| < 5 (reweighted least squares at Chebyshev nodes; 1.6e-7 off), and
+  // one half beyond, where it is 3e-7 off.
+  PAG_INLINE Vector operator()(Vector x) const {
+    static const float coefficients[] = {
+        6.0872349e-4f, -1.6132673e-3f, 1.7228131e-3f,  -2.6855704e-3f, 6.4104930e-3f,
+        -1.1164343e-2f, 1.6402185e-2f, -2.3268651e-2f, 3.1442169e-2f,  -4.0442608e-2f,
+        5.1520523e-2f, -7.0296280e-2f, 1.4136378e-1f};
+    Vector t = x * x * 0.08f - 1.f;
+    Vector p = broadcast(coefficients[0]);
+    PAG_UNROLL
+    for (int i = 1; i < 13; i++) p = p * t + coefficients[i];
+    Vector half = x * p;
+    half = x >= 5.f ? broadcast(0.5f) : half;
+    half = x <= -5.f ? broadcast(-0.5f) : half;
+    return x * (0.5f + half);
+  }
+};
+struct Hardsigmoid {
+  PAG_INLINE Vector operator()(Vector x) const {
+    return at_most(at_least(x + 3.f, 0.f), 6.f) * (1.f / 6);
+  }
+};
+struct Hardswish {
+  PAG_INLINE Vector operator()(Vector x) const { return x * Hardsigmoid()(x); }
+};
+struct LeakyRelu {
+  float slope;
+  PAG_INLINE Vector operator()(Vector x) const { return x < 0.f ? x * slope : x; }
+};
+
+}  // namespace
