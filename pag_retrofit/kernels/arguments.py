@@ -144,29 +144,12 @@ def check_list(pixels: Tensor | None, count: Tensor | None) -> None:
         )
 
 
-def list_length(pixels: Tensor | None, count: Tensor | None, dense: int) -> int:
-    """How many pixels are listed.
-
-    Args:
-        pixels: The list, or None for all.
-        count: How many of its entries are valid, or None for all.
-        dense: Number of pixels of the map.
-
-    Raises:
-        PagError: The count does not fit the list.
-    """
-    if pixels is None:
-        return dense
-    if count is None:
-        return pixels.numel()
-    length = int(count)
+def bad_list(pixels: Tensor | None, count: Tensor | None, dense: int) -> PagError:
+    """The error that names what is wrong with a list for a map of `dense` pixels."""
+    assert pixels is not None
+    length = pixels.numel() if count is None else int(count)
     if not 0 <= length <= pixels.numel():
-        raise PagError(f"count={length}: expected 0 to {pixels.numel()}, the entries of its list")
-    return length
-
-
-def bad_index(pixels: Tensor, length: int, dense: int) -> PagError:
-    """The error that names an entry of a list that is no pixel of the map."""
+        return PagError(f"count={length}: expected 0 to {pixels.numel()}, the entries of its list")
     listed = pixels[:length]
     wrong = listed[(listed < 0) | (listed >= dense)]
     return PagError(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from pag_retrofit.kernels.arguments import (
     ACTIVATIONS,
     MAX_SOURCES,
     ConvolutionArguments,
-    bad_index,
-    list_length,
+    bad_list,
     pixel_stride,
 )
 
@@ -30,102 +30,30 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "PAG_RETROFIT_INSTRUCTION_SET"
 LIBRARY_VARIABLE = "PAG_RETROFIT_KERNELS"  # path of a library to load in place of the built one
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_OK, _BAD_INDEX = 0, 1
+_NO_MEMORY = 3  # of pag_status; 1 and 2 are faults of a list
+_NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 
 
-class _Source(ctypes.Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("stride", c_int64),
-        ("channels", c_int32),
-        ("height", c_int32),
-        ("width", c_int32),
-        ("shift", c_int32),
-    ]
-
-
-class _List(ctypes.Structure):
-    _fields_ = [("pixels", c_void_p), ("count", c_int64)]
-
-
-_Sources = _Source * MAX_SOURCES
-_Pair = c_int32 * 2
-_Window = c_int32 * 8
-
-
-class _Convolution(ctypes.Structure):
-    _fields_ = [
-        ("batch", c_int32),
-        ("height", c_int32),
-        ("width", c_int32),
-        ("out_height", c_int32),
-        ("out_width", c_int32),
-        ("channels", c_int32),
-        ("out_channels", c_int32),
-        ("groups", c_int32),
-        ("window", _Window),
-        ("activation", c_int32),
-        ("residual_after_activation", c_int32),
-        ("slope", c_float),
-        ("source_count", c_int32),
-        ("sources", _Sources),
-        ("list", _List),
-        ("weights", c_void_p),
-        ("bias", c_void_p),
-        ("scale", c_void_p),
-        ("input_scale", c_void_p),
-        ("residual", c_void_p),
-        ("residual_stride", c_int64),
-        ("out", c_void_p),
-        ("out_stride", c_int64),
-    ]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("batch", c_int32),
-        ("pixels", c_int32),
-        ("channels", c_int32),
-        ("list", _List),
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("out", c_void_p),
-        ("out_stride", c_int64),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("epsilon", c_float),
-    ]
-
-
-class _Gate(ctypes.Structure):
-    _fields_ = [
-        ("batch", c_int32),
-        ("height", c_int32),
-        ("width", c_int32),
-        ("out_height", c_int32),
-        ("out_width", c_int32),
-        ("channels", c_int32),
-        ("stride", _Pair),
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("mask", c_void_p),
-    ]
-
+# The structures of interface.h, packed by hand: ctypes takes longer to fill one than small layers
+# take to run.
+_LIST = "PPq"
+_CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
+_ROWS = Struct("3i" + _LIST + "PqPq2Pf")
+_GATE = Struct("6i 2i Pq3P")
+_WINDOW = Struct("8i")
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pag_instruction_set": (c_char_p, []),
     "pag_use_instruction_set": (c_int, [c_char_p]),
     "pag_use_openmp": (None, [c_void_p]),
-    "pag_convolve": (c_int, [POINTER(_Convolution), c_int]),
-    "pag_layer_norm": (c_int, [POINTER(_Rows), c_int]),
-    "pag_mean": (c_int, [POINTER(_Rows), c_int]),
-    "pag_decide": (c_int, [POINTER(_Gate), c_int]),
+    "pag_convolve": (c_int, [c_char_p, c_int]),
+    "pag_layer_norm": (c_int, [c_char_p, c_int]),
+    "pag_mean": (c_int, [c_char_p, c_int]),
+    "pag_decide": (c_int, [c_char_p, c_int]),
     "pag_list_pixels": (c_int64, [c_void_p, c_int64, c_int, c_void_p]),
     "pag_needed_inputs": (
         None,
-        [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32],
+        [c_void_p, c_int32, c_int32, c_int32, c_char_p, c_void_p, c_int32, c_int32],
     ),
 }
 
@@ -195,54 +123,30 @@ def _use(loaded: ctypes.CDLL, name: str) -> None:
 def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels; see the arguments."""
     batch, out_height, out_width, out_channels = a.out.shape
-    dense = batch * out_height * out_width
-    sources = _Sources()
+    sources: list[int] = []
     channels = 0
-    for i, (source, factor) in enumerate(zip(a.sources, a.upsampling, strict=True)):
-        _, height, width, own_channels = source.shape
-        channels += own_channels
-        sources[i] = (
-            source.data_ptr(),
-            pixel_stride("source", source),
-            own_channels,
-            height,
-            width,
-            factor.bit_length() - 1,
-        )
-    out_stride = pixel_stride("out", a.out)
-    out = a.out.data_ptr()
-    residual, residual_stride = (out, out_stride) if a.accumulate else (None, 0)
+    for source, factor in zip(a.sources, a.upsampling, strict=True):
+        _, height, width, own = source.shape
+        channels += own
+        address, stride = _map(source)
+        sources += (address, stride, own, height, width, factor.bit_length() - 1)
+    out, out_stride = _map(a.out)
+    residual, residual_stride = (out, out_stride) if a.accumulate else (0, 0)
     if a.residual is not None:
-        residual = a.residual.data_ptr()
-        residual_stride = pixel_stride("residual", a.residual)
-    length = list_length(a.pixels, a.count, dense)
-    call = _Convolution(
-        batch,
-        a.size[0],
-        a.size[1],
-        out_height,
-        out_width,
-        channels,
-        out_channels,
-        a.groups,
-        tuple(a.window),
-        _ACTIVATION_NUMBERS[a.activation],
-        a.residual_after,
-        a.slope,
-        len(a.sources),
-        sources,
-        (_address(a.pixels), length),
-        a.weights.data_ptr(),
-        _address(a.bias),
-        _address(a.scale),
-        _address(a.input_scale),
-        residual,
-        residual_stride,
-        out,
-        out_stride,
-    )
-    status = library().pag_convolve(byref(call), torch.get_num_threads())
-    _check(status, a.pixels, length, dense)
+        residual, residual_stride = _map(a.residual)
+    dense = batch * out_height * out_width
+    call = _CONVOLUTION.pack(
+        batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
+        *a.window,
+        _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
+        *sources, *_NO_SOURCES[len(sources) :],
+        *_list(a.pixels, a.count, dense),
+        a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
+        residual, residual_stride, out, out_stride,
+    )  # fmt: skip
+    status = library().pag_convolve(call, torch.get_num_threads())
+    if status:
+        raise _error(status, a.pixels, a.count, dense)
 
 
 def layer_norm(
@@ -255,18 +159,19 @@ def layer_norm(
     epsilon: float,
 ) -> None:
     """Layer norm over the channels of listed pixels of `x` (B, H, W, C) into `out`, or in place."""
-    call, length, dense = _rows(x, pixels, count)
-    call.out, call.out_stride = out.data_ptr(), pixel_stride("out", out)
-    call.weight, call.bias, call.epsilon = _address(weight), _address(bias), epsilon
-    _check(library().pag_layer_norm(byref(call), torch.get_num_threads()), pixels, length, dense)
+    call = _pack_rows(x, pixels, count, (*_map(out), _address(weight), _address(bias), epsilon))
+    status = library().pag_layer_norm(call, torch.get_num_threads())
+    if status:
+        raise _error(status, pixels, count, x.shape[:3].numel())
 
 
 def masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
     """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none."""
-    call, length, dense = _rows(x, pixels, count)
     out = x.new_empty(x.shape[0], x.shape[3])
-    call.out = out.data_ptr()
-    _check(library().pag_mean(byref(call), torch.get_num_threads()), pixels, length, dense)
+    call = _pack_rows(x, pixels, count, (out.data_ptr(), 0, 0, 0, 0.0))
+    status = library().pag_mean(call, torch.get_num_threads())
+    if status:
+        raise _error(status, pixels, count, x.shape[:3].numel())
     return out
 
 
@@ -275,20 +180,11 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Te
     batch, height, width, channels = x.shape
     size = (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
-    call = _Gate(
-        batch,
-        height,
-        width,
-        *size,
-        channels,
-        stride,
-        x.data_ptr(),
-        pixel_stride("x", x),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        mask.data_ptr(),
-    )
-    library().pag_decide(byref(call), torch.get_num_threads())
+    call = _GATE.pack(
+        batch, height, width, *size, channels, *stride,
+        *_map(x), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
+    )  # fmt: skip
+    library().pag_decide(call, torch.get_num_threads())
     return mask
 
 
@@ -309,18 +205,19 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
     batch, _, height, width = mask.shape
     needed = torch.empty(batch, 1, *size, dtype=torch.bool)
     library().pag_needed_inputs(
-        mask.data_ptr(), batch, height, width, byref(_Window(*window)), needed.data_ptr(), *size
+        mask.data_ptr(), batch, height, width, _WINDOW.pack(*window), needed.data_ptr(), *size
     )
     return needed
 
 
-def _rows(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> tuple[_Rows, int, int]:
+def _pack_rows(
+    x: Tensor, pixels: Tensor | None, count: Tensor | None, rest: tuple[float, ...]
+) -> bytes:
     batch, height, width, channels = x.shape
     dense = batch * height * width
-    length = list_length(pixels, count, dense)
-    call = _Rows(batch, height * width, channels, (_address(pixels), length))
-    call.x, call.x_stride = x.data_ptr(), pixel_stride("x", x)
-    return call, length, dense
+    return _ROWS.pack(
+        batch, height * width, channels, *_list(pixels, count, dense), *_map(x), *rest
+    )
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -328,13 +225,24 @@ def _bytes(mask: Tensor) -> Tensor:
     return (mask if mask.dtype is torch.bool else mask != 0).contiguous()
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _map(x: Tensor) -> tuple[int, int]:
+    """Address and pixel stride of a map."""
+    return x.data_ptr(), x.stride(2) if x.shape[2] > 1 else pixel_stride("map", x)
 
 
-def _check(status: int, pixels: Tensor | None, length: int, dense: int) -> None:
-    if status == _BAD_INDEX:
-        assert pixels is not None
-        raise bad_index(pixels, length, dense)
-    if status != _OK:
-        raise MemoryError("the native kernels got no memory for their scratch space")
+def _list(pixels: Tensor | None, count: Tensor | None, dense: int) -> tuple[int, int, int]:
+    if pixels is None:
+        return 0, 0, dense
+    return pixels.data_ptr(), _address(count), pixels.numel()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _error(
+    status: int, pixels: Tensor | None, count: Tensor | None, dense: int
+) -> PagError | MemoryError:
+    if status == _NO_MEMORY:
+        return MemoryError("the native kernels got no memory for their scratch space")
+    return bad_list(pixels, count, dense)

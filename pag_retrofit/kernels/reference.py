@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pag_retrofit.functional import Window
 from pag_retrofit.functional import needed_inputs as soft_needed_inputs
-from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_index, list_length
+from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_list
 from pag_retrofit.kernels.packing import is_depthwise, unpack_weight
 
 _PIXELS_AT_ONCE = 4096  # bounds the gathered input
@@ -101,10 +101,11 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
 def _listed(pixels: Tensor | None, count: Tensor | None, dense: int) -> Tensor:
     if pixels is None:
         return torch.arange(dense)
-    length = list_length(pixels, count, dense)
-    listed = pixels[:length].long()
-    if length and not (0 <= listed.min() and listed.max() < dense):
-        raise bad_index(pixels, length, dense)
+    length = pixels.numel() if count is None else int(count)
+    listed = pixels[: max(length, 0)].long()
+    wrong = bool(((listed < 0) | (listed >= dense)).any())
+    if wrong or not 0 <= length <= pixels.numel():
+        raise bad_list(pixels, count, dense)
     return listed
 
 

@@ -20,6 +20,7 @@ constexpr int TILE = 6, VECTORS = 4, DEPTHWISE_TILE = 6;
 constexpr int TILE = 3, VECTORS = 4, DEPTHWISE_TILE = 3;
 #endif
 constexpr int DEPTHWISE_VECTORS = 4;
+constexpr int LINE = 16;      // floats of a cache line
 constexpr int PREFETCH = 16;  // steps of the inner loop; a step takes about a dozen cycles
 static_assert(TILE <= MAX_TILE && VECTORS * LANES <= MAX_COLUMNS, "Epilogue is too small");
 
@@ -28,6 +29,7 @@ struct Input {
   int segments, sources;
   const int32_t* lengths;  // (sources): channels of each segment
   int64_t offset;          // of the first channel
+  const float* const* ahead;  // (pixels): what is read after the last segment, or null
 };
 
 template <int PIXELS, int WIDTH>
@@ -48,24 +50,32 @@ void multiply_tile(const Input& input, const float* weights, const Epilogue& e, 
     for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
 
   const float* const* rows = input.rows;
-  for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
+  for (int segment = 1, source = 0; segment <= input.segments; segment++, rows += PIXELS) {
     const int64_t length = input.lengths[source];
     if (++source == input.sources) source = 0;
+    const float* const* next = segment < input.segments ? rows + PIXELS : input.ahead;
     const float* end[PIXELS];
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++) end[i] = rows[i] + input.offset + length;
-    for (int64_t k = -length; k < 0; k++, weights += WIDTH) {
-      Vector w[COUNT];
-      PAG_UNROLL
-      for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
-      PAG_UNROLL
-      for (int j = 0; j < COUNT * LANES; j += 16)
-        __builtin_prefetch(weights + PREFETCH * WIDTH + j, 0, 3);
-      PAG_UNROLL
-      for (int i = 0; i < PIXELS; i++) {
-        Vector x = broadcast(end[i][k]);
+    for (int64_t from = -length; from < 0; from += LINE) {
+      if (next)
         PAG_UNROLL
-        for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
+        for (int i = 0; i < PIXELS; i++)
+          __builtin_prefetch(next[i] + input.offset + length + from, 0, 3);
+      const int64_t to = from + LINE < 0 ? from + LINE : 0;
+      for (int64_t k = from; k < to; k++, weights += WIDTH) {
+        Vector w[COUNT];
+        PAG_UNROLL
+        for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
+        PAG_UNROLL
+        for (int j = 0; j < COUNT * LANES; j += LINE)
+          __builtin_prefetch(weights + PREFETCH * WIDTH + j, 0, 3);
+        PAG_UNROLL
+        for (int i = 0; i < PIXELS; i++) {
+          Vector x = broadcast(end[i][k]);
+          PAG_UNROLL
+          for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
+        }
       }
     }
   }
@@ -116,6 +126,11 @@ PAG_INLINE pag_block block_at(const pag_plan& plan, int index) {
   return block;
 }
 
+// Tiles of about equal size: a short last one would waste its loads of the weights.
+PAG_INLINE int64_t tile_start(const pag_plan& plan, int64_t tile) {
+  return plan.pixels * tile / plan.tiles;
+}
+
 struct Pixel {
   int32_t index, image, y, x;  // y, x: input coordinates of the first tap, maybe outside
   bool inside;                 // all taps are
@@ -125,11 +140,17 @@ PAG_INLINE int32_t index_at(const pag_list& list, int64_t position) {
   return list.pixels ? list.pixels[position] : (int32_t)position;
 }
 
-PAG_INLINE Pixel pixel_at(const pag_convolution& call, int64_t position) {
+// index / divisor, exactly: the product is off by far less than 1 / (2 divisor).
+PAG_INLINE int32_t quotient(int32_t index, double per_divisor) {
+  return (int32_t)((index + 0.5) * per_divisor);
+}
+
+PAG_INLINE Pixel pixel_at(const pag_plan& plan, int64_t position) {
+  const pag_convolution& call = *plan.call;
   Pixel p;
   p.index = index_at(call.list, position);
-  const int32_t line = p.index / call.out_width;
-  p.image = line / call.out_height;
+  const int32_t line = quotient(p.index, plan.per_width);
+  p.image = quotient(line, plan.per_height);
   p.y = (line - p.image * call.out_height) * call.stride[0] - call.padding[0];
   p.x = (p.index - line * call.out_width) * call.stride[1] - call.padding[1];
   p.inside = p.y >= 0 && p.x >= 0 &&
@@ -156,32 +177,71 @@ PAG_INLINE void find_taps(const pag_convolution& call, const pag_source& source,
   }
 }
 
-// Fill scratch.rows for the pixels at [begin, begin + pixels) of the list.
-PAG_INLINE void find_rows(const pag_plan& plan, const pag_scratch& scratch, int64_t begin,
-                          int pixels) {
+// The input of one tile, as the multiplication reads it.
+struct TileRows {
+  const float** rows;
+  int pixels;
+  int segments;
+  bool joined, gathered;
+};
+
+PAG_INLINE bool find_pixels(const pag_plan& plan, int64_t begin, int pixels, Pixel* found) {
+  bool inside = true;
+  for (int i = 0; i < pixels; i++) {
+    found[i] = pixel_at(plan, begin + i);
+    inside &= found[i].inside;
+  }
+  return inside;
+}
+
+PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, int pixels,
+                              const Pixel* found, const float** rows) {
   const pag_convolution& call = *plan.call;
   const int sources = call.source_count;
-  if (plan.pointwise) {
+  for (int s = 0; s < sources; s++) {
+    const pag_source& source = call.sources[s];
+    if (!source.shift) {
+      const float* first[MAX_TILE];
+      for (int i = 0; i < pixels; i++)
+        first[i] = found[i].inside ? row_of(source, found[i].image, found[i].y, found[i].x)
+                                   : scratch.zeros;
+      for (int segment = s; segment < plan.segments; segment += sources)
+        for (int i = 0; i < pixels; i++)
+          rows[segment * pixels + i] = first[i] + scratch.offsets[segment];
+    }
+    for (int i = 0; i < pixels; i++)
+      if (!found[i].inside || source.shift)
+        find_taps(call, source, found[i], scratch.zeros, rows + s * pixels + i,
+                  (int64_t)sources * pixels);
+  }
+}
+
+// Where the segments of the pixels at [begin, end) of the list start.
+PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, int64_t begin,
+                              int64_t end, const float** rows) {
+  const pag_convolution& call = *plan.call;
+  const int pixels = (int)(end - begin), sources = call.source_count;
+  TileRows tile = {rows, pixels, plan.segments, false, false};
+  if (plan.pointwise && !plan.gathered) {
     for (int s = 0; s < sources; s++)
       for (int i = 0; i < pixels; i++)
-        scratch.rows[s * pixels + i] =
+        rows[s * pixels + i] =
             call.sources[s].data + index_at(call.list, begin + i) * call.sources[s].stride;
-    return;
+    return tile;
   }
-  for (int i = 0; i < pixels; i++) {
-    const Pixel p = pixel_at(call, begin + i);
-    for (int s = 0; s < sources; s++) {
-      const pag_source& source = call.sources[s];
-      const float** rows = scratch.rows + (int64_t)s * pixels + i;
-      if (!p.inside || source.shift) {
-        find_taps(call, source, p, scratch.zeros, rows, (int64_t)sources * pixels);
-        continue;
-      }
-      const float* first = row_of(source, p.image, p.y, p.x);
-      for (int segment = s; segment < plan.segments; segment += sources)
-        rows[(int64_t)(segment - s) * pixels] = first + scratch.offsets[segment];
-    }
+  Pixel found[MAX_TILE];
+  tile.joined = find_pixels(plan, begin, pixels, found) && plan.joined;
+  tile.gathered = plan.gathered && !tile.joined;
+  if (tile.joined) {
+    tile.segments = call.kernel[0];
+    for (int i = 0; i < pixels; i++)
+      for (int ky = 0; ky < call.kernel[0]; ky++)
+        rows[ky * pixels + i] = row_of(call.sources[0], found[i].image,
+                                       found[i].y + ky * call.dilation[0], found[i].x);
+  } else if (!tile.gathered) {
+    find_segments(plan, scratch, pixels, found, rows);
   }
+  return tile;
 }
 
 PAG_INLINE void copy_floats(float* to, const float* from, int64_t count) {
@@ -200,31 +260,23 @@ PAG_INLINE void copy_scaled(float* to, const float* from, const float* scale, in
 PAG_INLINE void gather_pixel(const pag_plan& plan, const pag_scratch& scratch, int64_t position,
                              float* to) {
   const pag_convolution& call = *plan.call;
-  const Pixel p = pixel_at(call, position);
-  const pag_source& first = call.sources[0];
-  const bool joined = call.source_count == 1 && call.dilation[1] == 1 && !first.shift &&
-                      first.stride == first.channels && !call.input_scale;
-  if (joined && p.inside) {  // the taps of a row are contiguous
-    const int64_t count = (int64_t)call.kernel[1] * first.channels;
-    for (int ky = 0; ky < call.kernel[0]; ky++, to += count)
-      copy_floats(to, row_of(first, p.image, p.y + ky * call.dilation[0], p.x), count);
-    return;
-  }
-  for (int s = 0; s < call.source_count; s++)
-    find_taps(call, call.sources[s], p, scratch.zeros, scratch.rows + s, call.source_count);
-  const float** row = scratch.rows;
-  for (int tap = 0; tap < plan.taps; tap++) {
-    const float* scale =
-        call.input_scale ? call.input_scale + (int64_t)p.image * call.channels : nullptr;
-    for (int s = 0; s < call.source_count; s++, row++) {
-      const int64_t count = call.sources[s].channels;
-      if (scale) {
-        copy_scaled(to, *row, scale, count);
-        scale += count;
-      } else {
-        copy_floats(to, *row, count);
-      }
+  const Pixel p = pixel_at(plan, position);
+  const int sources = call.source_count;
+  const float** rows = scratch.rows;
+  for (int s = 0; s < sources; s++)
+    find_taps(call, call.sources[s], p, scratch.zeros, rows + s, sources);
+  const float* scales = nullptr;
+  if (call.input_scale) scales = call.input_scale + (int64_t)p.image * call.channels;
+  for (int tap = 0; tap < plan.taps; tap++, rows += sources) {
+    int channel = 0;
+    for (int s = 0; s < sources; s++) {
+      const int count = call.sources[s].channels;
+      if (scales)
+        copy_scaled(to, rows[s], scales + channel, count);
+      else
+        copy_floats(to, rows[s], count);
       to += count;
+      channel += count;
     }
   }
 }
@@ -238,24 +290,41 @@ PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
             (e.activation == PAG_NONE || e.activation == PAG_RELU);
 }
 
-PAG_INLINE void aim_epilogue(const pag_convolution& call, int64_t begin, int pixels, Epilogue& e) {
-  const int32_t image_pixels = call.out_height * call.out_width;
+PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Epilogue& e) {
+  const pag_convolution& call = *plan.call;
   for (int i = 0; i < pixels; i++) {
-    const int64_t index = index_at(call.list, begin + i);
+    const int32_t index = index_at(call.list, begin + i);
     e.out[i] = call.out + index * call.out_stride;
     e.residual[i] = call.residual ? call.residual + index * call.residual_stride : nullptr;
     e.scale[i] = nullptr;
-    if (call.scale) e.scale[i] = call.scale + index / image_pixels * call.out_channels;
+    if (call.scale) {
+      const int32_t image = quotient(quotient(index, plan.per_width), plan.per_height);
+      e.scale[i] = call.scale + (int64_t)image * call.out_channels;
+    }
   }
 }
 
-template <int PIXELS, int COUNT>
-PAG_INLINE void depthwise_tile(const pag_plan& plan, const float* const* rows, const Epilogue& e,
-                               int channel, int channels) {
+// Where the taps of a tile of a depthwise convolution are: at one distance from each pixel's first
+// tap where all are inside the input, which saves loading a pointer per tap and pixel.
+struct InsideTaps {
+  const float* const* first;  // (pixels)
+  const int64_t* offsets;     // (taps)
+  PAG_INLINE const float* operator()(int tap, int i, int) const { return first[i] + offsets[tap]; }
+};
+struct AnyTaps {
+  const float* const* rows;  // (taps, pixels)
+  PAG_INLINE const float* operator()(int tap, int i, int pixels) const {
+    return rows[tap * pixels + i];
+  }
+};
+
+template <int PIXELS, int COUNT, class Taps>
+void depthwise_tile(const pag_plan& plan, Taps taps, const Epilogue& e, int channel) {
   const pag_convolution& call = *plan.call;
   const int64_t padded = (call.channels + 15) / 16 * 16;
+  const int channels = call.channels - channel < COUNT * LANES ? call.channels - channel
+                                                               : COUNT * LANES;
   const float* weights = call.weights + channel;
-  const bool partial = channels < COUNT * LANES;  // then COUNT is 1
   Vector sums[PIXELS][COUNT];
   PAG_UNROLL
   for (int j = 0; j < COUNT; j++) {
@@ -264,19 +333,24 @@ PAG_INLINE void depthwise_tile(const pag_plan& plan, const float* const* rows, c
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++) sums[i][j] = start;
   }
-  if (partial) {
-    for (int tap = 0; tap < plan.taps; tap++, rows += PIXELS, weights += padded)
+  if (channels < COUNT * LANES) {
+    for (int tap = 0; tap < plan.taps; tap++, weights += padded)
       PAG_UNROLL
-      for (int i = 0; i < PIXELS; i++)
-        sums[i][0] += load_first(rows[i] + channel, channels) * load(weights);
+      for (int i = 0; i < PIXELS; i++) {
+        const float* row = taps(tap, i, PIXELS) + channel;
+        PAG_UNROLL
+        for (int j = 0; j < COUNT; j++)
+          sums[i][j] += load_up_to(row + j * LANES, channels - j * LANES) *
+                        load_up_to(weights + j * LANES, channels - j * LANES);
+      }
   } else {
-    for (int tap = 0; tap < plan.taps; tap++, rows += PIXELS, weights += padded) {
+    for (int tap = 0; tap < plan.taps; tap++, weights += padded) {
       Vector w[COUNT];
       PAG_UNROLL
       for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
       PAG_UNROLL
       for (int i = 0; i < PIXELS; i++) {
-        const float* row = rows[i] + channel;
+        const float* row = taps(tap, i, PIXELS) + channel;
         PAG_UNROLL
         for (int j = 0; j < COUNT; j++) sums[i][j] += load(row + j * LANES) * w[j];
       }
@@ -285,26 +359,65 @@ PAG_INLINE void depthwise_tile(const pag_plan& plan, const float* const* rows, c
   finish_tile<PIXELS, COUNT>(e, sums, channel, channels);
 }
 
-template <int PIXELS>
-void depthwise_channels(const pag_plan& plan, const float* const* rows, const Epilogue& e) {
-  constexpr int STEP = DEPTHWISE_VECTORS * LANES;
-  const int channels = plan.call->channels;
-  int channel = 0;
-  for (; channel + STEP <= channels; channel += STEP)
-    depthwise_tile<PIXELS, DEPTHWISE_VECTORS>(plan, rows, e, channel, STEP);
-  for (; channel < channels; channel += LANES)
-    depthwise_tile<PIXELS, 1>(plan, rows, e, channel,
-                              channels - channel < LANES ? channels - channel : LANES);
-}
-
-template <int PIXELS>
-PAG_INLINE void depthwise_pixels(int pixels, const pag_plan& plan, const float* const* rows,
-                                 const Epilogue& e) {
+template <int COUNT, int PIXELS, class Taps>
+PAG_INLINE void depthwise_pixels(int pixels, const pag_plan& plan, Taps taps, const Epilogue& e,
+                                 int channel) {
   if constexpr (PIXELS > 0) {
     if (pixels == PIXELS)
-      depthwise_channels<PIXELS>(plan, rows, e);
+      depthwise_tile<PIXELS, COUNT>(plan, taps, e, channel);
     else
-      depthwise_pixels<PIXELS - 1>(pixels, plan, rows, e);
+      depthwise_pixels<COUNT, PIXELS - 1>(pixels, plan, taps, e, channel);
+  }
+}
+
+template <int COUNT, class Taps>
+PAG_INLINE void depthwise_vectors(int count, int pixels, const pag_plan& plan, Taps taps,
+                                  const Epilogue& e, int channel) {
+  if constexpr (COUNT > 0) {
+    if (count == COUNT)
+      depthwise_pixels<COUNT, DEPTHWISE_TILE>(pixels, plan, taps, e, channel);
+    else
+      depthwise_vectors<COUNT - 1>(count, pixels, plan, taps, e, channel);
+  }
+}
+
+// A group of tiles goes through the channels together: neighbours share input rows, which stay
+// cached only as long as few other channels are read in between.
+void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_begin,
+               int64_t tile_end) {
+  const pag_convolution& call = *plan.call;
+  const int count = (int)(tile_end - tile_begin);
+  const int vectors = (call.channels + LANES - 1) / LANES;
+  const int passes = (vectors + DEPTHWISE_VECTORS - 1) / DEPTHWISE_VECTORS;
+  Epilogue e[PAG_DEPTHWISE_TILES_AT_ONCE];
+  const float* first[PAG_DEPTHWISE_TILES_AT_ONCE][MAX_TILE];
+  int pixels[PAG_DEPTHWISE_TILES_AT_ONCE];
+  bool inside[PAG_DEPTHWISE_TILES_AT_ONCE];
+  const int64_t size = (int64_t)plan.segments * plan.tile;
+  for (int t = 0; t < count; t++) {
+    const int64_t begin = tile_start(plan, tile_begin + t);
+    pixels[t] = (int)(tile_start(plan, tile_begin + t + 1) - begin);
+    start_epilogue(call, e[t]);
+    aim_epilogue(plan, begin, pixels[t], e[t]);
+    Pixel found[MAX_TILE];
+    inside[t] = find_pixels(plan, begin, pixels[t], found) && !call.sources[0].shift;
+    if (!inside[t])
+      find_segments(plan, scratch, pixels[t], found, scratch.rows + t * size);
+    else
+      for (int i = 0; i < pixels[t]; i++)
+        first[t][i] = row_of(call.sources[0], found[i].image, found[i].y, found[i].x);
+  }
+  for (int pass = 0; pass < passes; pass++) {
+    const int from = vectors * pass / passes, to = vectors * (pass + 1) / passes;
+    for (int t = 0; t < count; t++) {
+      if (inside[t])
+        depthwise_vectors<DEPTHWISE_VECTORS>(to - from, pixels[t], plan,
+                                             InsideTaps{first[t], scratch.offsets}, e[t],
+                                             from * LANES);
+      else
+        depthwise_vectors<DEPTHWISE_VECTORS>(to - from, pixels[t], plan,
+                                             AnyTaps{scratch.rows + t * size}, e[t], from * LANES);
+    }
   }
 }
 
@@ -313,29 +426,42 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
                  int32_t block_end, int64_t tile_begin, int64_t tile_end) {
   const pag_plan& plan = *shared;
   const pag_convolution& call = *plan.call;
-  const int depth = plan.taps * call.channels;
+  if (plan.depthwise) {
+    for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_TILES_AT_ONCE)
+      depthwise(plan, *scratch, at,
+                at + PAG_DEPTHWISE_TILES_AT_ONCE < tile_end ? at + PAG_DEPTHWISE_TILES_AT_ONCE
+                                                            : tile_end);
+    return;
+  }
+  const int depth = plan.taps * call.channels, joined_length = call.kernel[1] * call.channels;
   int32_t lengths[PAG_MAX_SOURCES];
   for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
   const float* gathered[MAX_TILE];
   for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
   Epilogue e;
   start_epilogue(call, e);
+  const int64_t size = (int64_t)plan.segments * plan.tile;
+  const auto rows_of = [&](int64_t tile) {
+    return find_rows(plan, *scratch, tile_start(plan, tile), tile_start(plan, tile + 1),
+                     scratch->rows + (tile & 1) * size);
+  };
+  TileRows rows = rows_of(tile_begin);
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-    // Tiles of about equal size: a short last one would waste its loads of the weights.
-    const int64_t begin = plan.pixels * tile / plan.tiles;
-    const int pixels = (int)(plan.pixels * (tile + 1) / plan.tiles - begin);
-    aim_epilogue(call, begin, pixels, e);
-    Input input = {scratch->rows, plan.segments, call.source_count, lengths, 0};
-    if (plan.gathered) {
+    const int64_t begin = tile_start(plan, tile);
+    const int pixels = rows.pixels;
+    aim_epilogue(plan, begin, pixels, e);
+    Input input = {rows.rows, rows.segments, call.source_count, lengths, 0, nullptr};
+    if (rows.joined) input.lengths = &joined_length;
+    if (rows.gathered) {
       for (int i = 0; i < pixels; i++)
         gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
-      input = {gathered, 1, 1, &depth, 0};
-    } else {
-      find_rows(plan, *scratch, begin, pixels);
+      input = {gathered, 1, 1, &depth, 0, nullptr};
     }
-    if (plan.depthwise) {
-      depthwise_pixels<DEPTHWISE_TILE>(pixels, plan, scratch->rows, e);
-      continue;
+    TileRows next = {};
+    const float* ahead[MAX_TILE];
+    if (tile + 1 < tile_end) {
+      next = rows_of(tile + 1);
+      for (int i = 0; i < pixels; i++) ahead[i] = next.rows[i < next.pixels ? i : 0];
     }
     for (int32_t index = block_begin; index < block_end; index++) {
       const pag_block block = block_at(plan, index);
@@ -343,8 +469,10 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
         input.offset = block.channel;
         input.lengths = &block.channels;
       }
+      if (next.pixels && !next.gathered && index + 1 == block_end) input.ahead = ahead;
       multiply_block(pixels, input, block, e);
     }
+    rows = next;
   }
 }
 

@@ -131,11 +131,14 @@ bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
 
 // --- convolution -----------------------------------------------------------------------------
 
-bool inside(const pag_list& list, int64_t pixels) {
-  if (!list.pixels) return list.count == pixels;
+// How many pixels are listed, or a negative status: nothing in the list may be used then.
+int64_t check_list(const pag_list& list, int64_t pixels) {
+  const int64_t count = list.count ? *list.count : list.capacity;
+  if (count < 0 || count > list.capacity) return -PAG_BAD_COUNT;
+  if (!list.pixels) return count == pixels ? count : -PAG_BAD_COUNT;
   bool outside = false;
-  for (int64_t i = 0; i < list.count; i++) outside |= (uint32_t)list.pixels[i] >= pixels;
-  return !outside;
+  for (int64_t i = 0; i < count; i++) outside |= (uint32_t)list.pixels[i] >= (uint32_t)pixels;
+  return outside ? -PAG_BAD_INDEX : count;
 }
 
 bool is_pointwise(const pag_convolution& call) {
@@ -147,7 +150,7 @@ bool is_pointwise(const pag_convolution& call) {
   return result;
 }
 
-pag_plan make_plan(const pag_convolution& call, const pag_kernels& table) {
+pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   pag_plan plan = {};
   plan.call = &call;
@@ -162,15 +165,21 @@ pag_plan make_plan(const pag_convolution& call, const pag_kernels& table) {
   plan.blocks = plan.bundles * plan.blocks_per_bundle;
   plan.depthwise = call.groups > 1 && call.groups == call.channels && group_columns == 1;
   plan.pointwise = is_pointwise(call);
+  plan.joined = call.source_count == 1 && call.groups == 1 && call.dilation[1] == 1 &&
+                !call.input_scale && !call.sources[0].shift &&
+                call.sources[0].stride == call.channels;
   plan.gathered =
       call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
   plan.tile = plan.depthwise ? table.depthwise_tile : table.tile;
-  plan.pixels = call.list.count;
+  plan.pixels = pixels;
+  plan.per_width = 1.0 / call.out_width;
+  plan.per_height = 1.0 / call.out_height;
   plan.tiles = (plan.pixels + plan.tile - 1) / plan.tile;
   int64_t widest = 0;
   for (int s = 0; s < call.source_count; s++)
     widest = std::max<int64_t>(widest, call.sources[s].channels);
-  plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile);
+  plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile *
+                                (plan.depthwise ? PAG_DEPTHWISE_TILES_AT_ONCE : PAG_TILES_AT_ONCE));
   plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
   if (plan.gathered)
@@ -215,10 +224,10 @@ void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(g
 
 int pag_convolve(const pag_convolution* call, int threads) {
   const pag_kernels& table = kernels();
-  if (!inside(call->list, (int64_t)call->batch * call->out_height * call->out_width))
-    return PAG_BAD_INDEX;
-  if (!call->list.count) return PAG_OK;
-  const pag_plan plan = make_plan(*call, table);
+  const int64_t pixels =
+      check_list(call->list, (int64_t)call->batch * call->out_height * call->out_width);
+  if (pixels <= 0) return (int)-pixels;
+  const pag_plan plan = make_plan(*call, pixels, table);
   const int64_t macs = plan.pixels * plan.taps * call->out_channels * call->channels / call->groups;
   threads = worthwhile(threads, macs / 8);
   const int32_t together = blocks_together(plan, threads);
@@ -242,8 +251,8 @@ int pag_convolve(const pag_convolution* call, int threads) {
 
 int pag_layer_norm(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
-  if (!inside(call->list, (int64_t)call->batch * call->pixels)) return PAG_BAD_INDEX;
-  const int64_t count = call->list.count;
+  const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
+  if (count < 0) return (int)-count;
   const int64_t chunks = worthwhile(threads, count * call->channels);
   share(chunks, (int)chunks, [&](int64_t i) {
     table.layer_norm(call, count * i / chunks, count * (i + 1) / chunks);
@@ -253,19 +262,19 @@ int pag_layer_norm(const pag_rows* call, int threads) {
 
 int pag_mean(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
-  if (!inside(call->list, (int64_t)call->batch * call->pixels)) return PAG_BAD_INDEX;
+  const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
+  if (count < 0) return (int)-count;
   char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * call->batch));
   if (!memory) return PAG_NO_MEMORY;
   int64_t* counts = reinterpret_cast<int64_t*>(memory);
   std::fill_n(counts, call->batch, call->list.pixels ? 0 : (int64_t)call->pixels);
   if (call->list.pixels)
-    for (int64_t i = 0; i < call->list.count; i++) counts[call->list.pixels[i] / call->pixels]++;
+    for (int64_t i = 0; i < count; i++) counts[call->list.pixels[i] / call->pixels]++;
   constexpr int32_t STEP = 64;  // channels: whole lines, so that no two threads write one
   const int32_t steps = (call->channels + STEP - 1) / STEP;
-  const int64_t chunks =
-      std::min(steps, worthwhile(threads, call->list.count * call->channels));
+  const int64_t chunks = std::min(steps, worthwhile(threads, count * call->channels));
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.mean(call, counts, (int32_t)(steps * i / chunks) * STEP,
+    table.mean(call, count, counts, (int32_t)(steps * i / chunks) * STEP,
                std::min<int32_t>((int32_t)(steps * (i + 1) / chunks) * STEP, call->channels));
   });
   return PAG_OK;

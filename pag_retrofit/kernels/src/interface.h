@@ -11,7 +11,7 @@
 
 enum { PAG_MAX_SOURCES = 4 };
 
-enum pag_status { PAG_OK = 0, PAG_BAD_INDEX = 1, PAG_NO_MEMORY = 2 };
+enum pag_status { PAG_OK = 0, PAG_BAD_INDEX = 1, PAG_BAD_COUNT = 2, PAG_NO_MEMORY = 3 };
 
 enum pag_activation {
   PAG_NONE, PAG_RELU, PAG_RELU6, PAG_SILU, PAG_GELU, PAG_GELU_TANH,
@@ -28,7 +28,8 @@ struct pag_source {
 
 struct pag_list {
   const int32_t* pixels;  // null: every pixel
-  int64_t count;
+  const int32_t* count;   // how many are valid; null: all
+  int64_t capacity;       // how many there are; without a list, all pixels of the output
 };
 
 // y = after(act(scale * (conv(input_scale * x) + bias) + before)), at listed pixels.

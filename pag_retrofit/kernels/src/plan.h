@@ -17,18 +17,24 @@ struct pag_plan {
   int32_t blocks_per_bundle, blocks;
   int32_t tile;     // pixels
   int64_t pixels, tiles;
+  double per_width, per_height;  // 1 / out_width, 1 / out_height
   bool depthwise;
   bool pointwise;  // output pixel i reads input pixel i alone
-  bool gathered;   // a tile's input is copied together before it is multiplied
+  bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
+  bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
   int64_t rows_bytes, offsets_bytes, zeros_bytes, panel_bytes;  // of a thread's scratch memory
 };
 
 struct pag_scratch {
-  const float** rows;   // (segments, pixels of the tile): where each segment of each pixel starts
+  const float** rows;   // (tiles at once, segments, pixels of a tile): where each segment starts
   int64_t* offsets;     // (segments): distance of a segment from a pixel's first tap
   float* zeros;         // what padding reads
   float* panel;         // (tile, taps * channels): gathered input
 };
+
+// Tiles whose rows are held at once: the next one for what is read ahead, and for depthwise
+// convolutions a group that goes through the channels together.
+enum { PAG_TILES_AT_ONCE = 2, PAG_DEPTHWISE_TILES_AT_ONCE = 8 };
 
 // The functions of one instruction set.
 struct pag_kernels {
@@ -37,6 +43,7 @@ struct pag_kernels {
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
-  void (*mean)(const pag_rows*, const int64_t* counts, int32_t channel_begin, int32_t channel_end);
+  void (*mean)(const pag_rows*, int64_t count, const int64_t* counts, int32_t channel_begin,
+               int32_t channel_end);
   void (*decide)(const pag_gate*, int64_t begin, int64_t end);
 };

@@ -68,7 +68,8 @@ PAG_INLINE void flush(float* row, Vector (&sums)[WAYS], int channels) {
 }
 
 // Mean over each image's listed pixels, of channels [channel_begin, channel_end); 0 over none.
-void mean(const pag_rows* call, const int64_t* counts, int32_t channel_begin, int32_t channel_end) {
+void mean(const pag_rows* call, int64_t count, const int64_t* counts, int32_t channel_begin,
+          int32_t channel_end) {
   constexpr int LONGEST = 256;  // rows summed before they join the total: keeps rounding small
   const int32_t channels = call->channels;
   for (int32_t c = channel_begin; c < channel_end; c += WAYS * LANES) {
@@ -78,7 +79,7 @@ void mean(const pag_rows* call, const int64_t* counts, int32_t channel_begin, in
              sizeof(float) * (width < WAYS * LANES ? width : WAYS * LANES));
     Vector sums[WAYS] = {};
     int32_t image = 0, run = 0;
-    for (int64_t position = 0; position < call->list.count; position++) {
+    for (int64_t position = 0; position < count; position++) {
       const int64_t index = index_at(call->list, position);
       const int64_t first = (int64_t)image * call->pixels;
       if (index < first || index >= first + call->pixels || ++run > LONGEST) {
