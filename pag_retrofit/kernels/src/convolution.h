@@ -29,11 +29,10 @@ struct Input {
   int segments, sources;
   const int32_t* lengths;  // (sources): channels of each segment
   int64_t offset;          // of the first channel
-  const float* const* ahead;  // (pixels): what is read after the last segment, or null
 };
 
 template <int PIXELS, int WIDTH>
-void multiply_tile(const Input& input, const float* weights, const Epilogue& e, int column,
+PAG_OUTLINE void multiply_tile(const Input& input, const float* weights, const Epilogue& e, int column,
                    int columns) {
   constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
   Vector sums[PIXELS][COUNT];
@@ -49,33 +48,26 @@ void multiply_tile(const Input& input, const float* weights, const Epilogue& e, 
     PAG_UNROLL
     for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
 
+  // One plain inner loop: splitting it, to read input ahead as well, cost more than it won.
   const float* const* rows = input.rows;
-  for (int segment = 1, source = 0; segment <= input.segments; segment++, rows += PIXELS) {
+  for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
     const int64_t length = input.lengths[source];
     if (++source == input.sources) source = 0;
-    const float* const* next = segment < input.segments ? rows + PIXELS : input.ahead;
     const float* end[PIXELS];
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++) end[i] = rows[i] + input.offset + length;
-    for (int64_t from = -length; from < 0; from += LINE) {
-      if (next)
+    for (int64_t k = -length; k < 0; k++, weights += WIDTH) {
+      Vector w[COUNT];
+      PAG_UNROLL
+      for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
+      PAG_UNROLL
+      for (int j = 0; j < COUNT * LANES; j += LINE)
+        __builtin_prefetch(weights + PREFETCH * WIDTH + j, 0, 3);
+      PAG_UNROLL
+      for (int i = 0; i < PIXELS; i++) {
+        Vector x = broadcast(end[i][k]);
         PAG_UNROLL
-        for (int i = 0; i < PIXELS; i++)
-          __builtin_prefetch(next[i] + input.offset + length + from, 0, 3);
-      const int64_t to = from + LINE < 0 ? from + LINE : 0;
-      for (int64_t k = from; k < to; k++, weights += WIDTH) {
-        Vector w[COUNT];
-        PAG_UNROLL
-        for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
-        PAG_UNROLL
-        for (int j = 0; j < COUNT * LANES; j += LINE)
-          __builtin_prefetch(weights + PREFETCH * WIDTH + j, 0, 3);
-        PAG_UNROLL
-        for (int i = 0; i < PIXELS; i++) {
-          Vector x = broadcast(end[i][k]);
-          PAG_UNROLL
-          for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
-        }
+        for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
       }
     }
   }
@@ -179,7 +171,6 @@ PAG_INLINE void find_taps(const pag_convolution& call, const pag_source& source,
 
 // The input of one tile, as the multiplication reads it.
 struct TileRows {
-  const float** rows;
   int pixels;
   int segments;
   bool joined, gathered;
@@ -216,12 +207,13 @@ PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, 
   }
 }
 
-// Where the segments of the pixels at [begin, end) of the list start.
+// Fill scratch.rows: where the segments of the pixels at [begin, end) of the list start.
 PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, int64_t begin,
-                              int64_t end, const float** rows) {
+                              int64_t end) {
   const pag_convolution& call = *plan.call;
   const int pixels = (int)(end - begin), sources = call.source_count;
-  TileRows tile = {rows, pixels, plan.segments, false, false};
+  const float** rows = scratch.rows;
+  TileRows tile = {pixels, plan.segments, false, false};
   if (plan.pointwise && !plan.gathered) {
     for (int s = 0; s < sources; s++)
       for (int i = 0; i < pixels; i++)
@@ -319,7 +311,7 @@ struct AnyTaps {
 };
 
 template <int PIXELS, int COUNT, class Taps>
-void depthwise_tile(const pag_plan& plan, Taps taps, const Epilogue& e, int channel) {
+PAG_OUTLINE void depthwise_tile(const pag_plan& plan, Taps taps, const Epilogue& e, int channel) {
   const pag_convolution& call = *plan.call;
   const int64_t padded = (call.channels + 15) / 16 * 16;
   const int channels = call.channels - channel < COUNT * LANES ? call.channels - channel
@@ -389,10 +381,10 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
   const int count = (int)(tile_end - tile_begin);
   const int vectors = (call.channels + LANES - 1) / LANES;
   const int passes = (vectors + DEPTHWISE_VECTORS - 1) / DEPTHWISE_VECTORS;
-  Epilogue e[PAG_DEPTHWISE_TILES_AT_ONCE];
-  const float* first[PAG_DEPTHWISE_TILES_AT_ONCE][MAX_TILE];
-  int pixels[PAG_DEPTHWISE_TILES_AT_ONCE];
-  bool inside[PAG_DEPTHWISE_TILES_AT_ONCE];
+  Epilogue e[PAG_DEPTHWISE_GROUP];
+  const float* first[PAG_DEPTHWISE_GROUP][MAX_TILE];
+  int pixels[PAG_DEPTHWISE_GROUP];
+  bool inside[PAG_DEPTHWISE_GROUP];
   const int64_t size = (int64_t)plan.segments * plan.tile;
   for (int t = 0; t < count; t++) {
     const int64_t begin = tile_start(plan, tile_begin + t);
@@ -427,10 +419,9 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   const pag_plan& plan = *shared;
   const pag_convolution& call = *plan.call;
   if (plan.depthwise) {
-    for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_TILES_AT_ONCE)
+    for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_GROUP)
       depthwise(plan, *scratch, at,
-                at + PAG_DEPTHWISE_TILES_AT_ONCE < tile_end ? at + PAG_DEPTHWISE_TILES_AT_ONCE
-                                                            : tile_end);
+                at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
     return;
   }
   const int depth = plan.taps * call.channels, joined_length = call.kernel[1] * call.channels;
@@ -440,28 +431,16 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
   Epilogue e;
   start_epilogue(call, e);
-  const int64_t size = (int64_t)plan.segments * plan.tile;
-  const auto rows_of = [&](int64_t tile) {
-    return find_rows(plan, *scratch, tile_start(plan, tile), tile_start(plan, tile + 1),
-                     scratch->rows + (tile & 1) * size);
-  };
-  TileRows rows = rows_of(tile_begin);
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
     const int64_t begin = tile_start(plan, tile);
-    const int pixels = rows.pixels;
-    aim_epilogue(plan, begin, pixels, e);
-    Input input = {rows.rows, rows.segments, call.source_count, lengths, 0, nullptr};
+    const TileRows rows = find_rows(plan, *scratch, begin, tile_start(plan, tile + 1));
+    aim_epilogue(plan, begin, rows.pixels, e);
+    Input input = {scratch->rows, rows.segments, call.source_count, lengths, 0};
     if (rows.joined) input.lengths = &joined_length;
     if (rows.gathered) {
-      for (int i = 0; i < pixels; i++)
+      for (int i = 0; i < rows.pixels; i++)
         gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
-      input = {gathered, 1, 1, &depth, 0, nullptr};
-    }
-    TileRows next = {};
-    const float* ahead[MAX_TILE];
-    if (tile + 1 < tile_end) {
-      next = rows_of(tile + 1);
-      for (int i = 0; i < pixels; i++) ahead[i] = next.rows[i < next.pixels ? i : 0];
+      input = {gathered, 1, 1, &depth, 0};
     }
     for (int32_t index = block_begin; index < block_end; index++) {
       const pag_block block = block_at(plan, index);
@@ -469,10 +448,8 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
         input.offset = block.channel;
         input.lengths = &block.channels;
       }
-      if (next.pixels && !next.gathered && index + 1 == block_end) input.ahead = ahead;
-      multiply_block(pixels, input, block, e);
+      multiply_block(rows.pixels, input, block, e);
     }
-    rows = next;
   }
 }
 

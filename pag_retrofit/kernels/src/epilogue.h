@@ -37,8 +37,8 @@ PAG_INLINE void finish_rows(const Epilogue& e, const float* sums, int pixels, in
   }
 }
 
-__attribute__((noinline)) void finish(const Epilogue& e, const float* sums, int pixels, int width,
-                                      int column, int columns) {
+PAG_OUTLINE void finish(const Epilogue& e, const float* sums, int pixels, int width, int column,
+                        int columns) {
 #define PAG_FINISH(NAME, ACTIVATION) \
   case NAME: return finish_rows(e, sums, pixels, width, column, columns, ACTIVATION);
   switch (e.activation) {

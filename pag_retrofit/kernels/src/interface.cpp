@@ -179,7 +179,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   for (int s = 0; s < call.source_count; s++)
     widest = std::max<int64_t>(widest, call.sources[s].channels);
   plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile *
-                                (plan.depthwise ? PAG_DEPTHWISE_TILES_AT_ONCE : PAG_TILES_AT_ONCE));
+                                (plan.depthwise ? PAG_DEPTHWISE_GROUP : 1));
   plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
   if (plan.gathered)

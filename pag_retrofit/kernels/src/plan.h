@@ -26,15 +26,14 @@ struct pag_plan {
 };
 
 struct pag_scratch {
-  const float** rows;   // (tiles at once, segments, pixels of a tile): where each segment starts
+  const float** rows;   // (tiles of a group, segments, pixels of a tile): where each segment starts
   int64_t* offsets;     // (segments): distance of a segment from a pixel's first tap
   float* zeros;         // what padding reads
   float* panel;         // (tile, taps * channels): gathered input
 };
 
-// Tiles whose rows are held at once: the next one for what is read ahead, and for depthwise
-// convolutions a group that goes through the channels together.
-enum { PAG_TILES_AT_ONCE = 2, PAG_DEPTHWISE_TILES_AT_ONCE = 8 };
+// Tiles of a depthwise convolution that go through the channels together.
+enum { PAG_DEPTHWISE_GROUP = 8 };
 
 // The functions of one instruction set.
 struct pag_kernels {

@@ -13,6 +13,7 @@
 #include "interface.h"
 
 #define PAG_INLINE inline __attribute__((always_inline))
+#define PAG_OUTLINE __attribute__((noinline))  // a loop that needs all registers for itself
 #define PAG_UNROLL _Pragma("GCC unroll 32")
 
 namespace {
