@@ -35,10 +35,10 @@ def test_open_gates_cost_the_original_and_themselves(pair: Pair) -> None:
     batch = pair.x.shape[0]
     with pag.measure(pair.gated) as m:
         pair.gated(pair.x)
-    gates = batch * sum(s.cost.gate_macs_total(s.input_size) for s in pair.plan.sites)
+    gates = batch * sum(s.gate_macs for s in pair.plan.sites)
     assert m.total_macs == original_macs(pair.original, pair.x) == batch * pair.plan.total_macs
     unread = sum(
-        s.cost.full_macs(s.input_size) + s.cost.gate_macs_total(s.input_size)
+        s.macs + s.gate_macs
         - int(s.cost.active_macs(torch.ones(1, 1, *output_size(s)), s.input_size))
         for s in pair.plan.sites
     )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pag_retrofit as pag
-from pag_retrofit.gates import GatedConv2d, PixelGate, named_gates
+from pag_retrofit.gates import GatedConv, PixelGate, named_gates
 from pag_retrofit.rewriting import GatedBlock
 
 EVERYTHING = pag.RetrofitConfig(min_share=0.0)
@@ -688,7 +688,7 @@ def test_fresh_gates_are_open_with_the_configured_probability() -> None:
 
 def test_gated_modules_show_their_gates() -> None:
     gated = gate_all(CustomNet(), (1, 3, 32, 32))
-    assert isinstance(gated.block, GatedBlock) and isinstance(gated.head[0], GatedConv2d)
+    assert isinstance(gated.block, GatedBlock) and isinstance(gated.head[0], GatedConv)
     assert isinstance(gated.head[0], nn.Conv2d)
     count = sum(isinstance(module, PixelGate) for module in gated.modules())
     assert str(gated).count("PixelGate") == count == 3
