@@ -179,6 +179,18 @@ class GatedBranchEnd(GatedModule):
         return apply_mask(super().forward(x, *args, **kwargs), mask)
 
 
+class GatedSequenceEnd(GatedBranchEnd):
+    """A sequence at the end of a residual branch: the gate is no step of it."""
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self._modules) - 1
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        """Go through the steps."""
+        return (module for name, module in self._modules.items() if name != "pag_gate")
+
+
 def gate_convolution(conv: nn.Conv2d, gate: PixelGate, bypass: Tensor | None) -> GatedConv:
     """Gate a convolution, of `nn.Conv2d` itself or of a class derived from it.
 
@@ -232,7 +244,8 @@ class _KernelRecorder(TorchFunctionMode):
 
 def gate_branch_end(module: nn.Module, gate: PixelGate) -> GatedBranchEnd:
     """Gate a module of one input and one output, which is not modified."""
-    gated: GatedBranchEnd = _gated_copy(GatedBranchEnd, module, gate)
+    mixin = GatedSequenceEnd if isinstance(module, nn.Sequential) else GatedBranchEnd
+    gated: GatedBranchEnd = _gated_copy(mixin, module, gate)
     return gated
 
 

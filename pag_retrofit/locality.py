@@ -184,15 +184,12 @@ def operator_name(node: Node) -> str:
 
 
 def node_macs(node: Node) -> int:
-    """MACs per image of a convolution or linear node, 0 for anything else."""
+    """MACs of a convolution or linear node for the whole batch, 0 for anything else."""
     name = operator_name(node)
     if name not in LAYERS:
         return 0
-    output, weight = _shape(node), _shape(node.args[1])
-    batch = max(output[0], 1)
-    if name == "conv_transpose2d":
-        return math.prod(_shape(node.args[0])) * math.prod(weight[1:]) // batch
-    return math.prod(output) * math.prod(weight[1:]) // batch
+    counted = _shape(node.args[0]) if name == "conv_transpose2d" else _shape(node)
+    return math.prod(counted) * math.prod(_shape(node.args[1])[1:])
 
 
 def macs_per_pixel(node: Node) -> int:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import as_map, pattern_mask
 from pag_retrofit.gates import MaskOverride, PixelGate, named_gates, state_of
+from pag_retrofit.tracing import MacCounter
 
 
 class Measurement:
@@ -170,16 +170,16 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
     """
     state_of(gated)
     result = Measurement()
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
     counted = [0]
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4)
         result._start_pass(tuple(x.shape))
-        counted[0] = counter.get_total_flops() // 2
+        counted[0] = counter.macs
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        result._finish_pass(counter.get_total_flops() // 2 - counted[0])
+        result._finish_pass(counter.macs - counted[0])
 
     handles = [
         gated.register_forward_pre_hook(before, with_kwargs=True),

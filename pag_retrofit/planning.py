@@ -271,7 +271,7 @@ class Surgery:
         while True:
             findings = find_sites(self.model, network, self.config, refused)
             self.replacements = {}
-            refusals = self._replace_modules(findings) | self._replace_blocks(findings)
+            refusals = self._replace_modules(findings) | self._replace_blocks(findings, network)
             if not refusals:
                 return findings
             refused |= refusals
@@ -295,24 +295,35 @@ class Surgery:
                 refusals[site.name] = str(reason)
         return refusals
 
-    def _replace_blocks(self, findings: Findings) -> dict[str, str]:
+    def _replace_blocks(self, findings: Findings, network: NetworkGraph) -> dict[str, str]:
         """Rewrite blocks, inner ones first; return those that refuse, with the reason."""
         blocks: dict[str, list[Site]] = defaultdict(list)
         for site in findings.sites:
             if site.name not in self.replacements:
                 blocks[site.owner].append(site)
         layers = frozenset(name for name, layer in findings.layers.items() if layer.macs)
+        constants = network.observed.constants
         refusals = {}
         for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):
             try:
-                self.replacements[path] = self._rewrite_block(path, sites, layers)
+                self.replacements[path] = self._rewrite_block(
+                    path, sites, layers, constants.get(path)
+                )
             except UntraceableError as reason:
                 logger.info("%s is not rewritten: %s", path, reason)
                 refusals[path] = str(reason)
         return refusals
 
-    def _rewrite_block(self, path: str, sites: list[Site], layers: frozenset[str]) -> GatedBlock:
+    def _rewrite_block(
+        self,
+        path: str,
+        sites: list[Site],
+        layers: frozenset[str],
+        constants: dict[str, Any] | None,
+    ) -> GatedBlock:
         """Rewrite a block, tracing through as little of it as its sites allow."""
+        if constants is None:
+            raise UntraceableError("it is not called, or with other arguments each time")
         inner = frozenset(
             other.removeprefix(f"{path}.")
             for other in self.replacements
@@ -320,7 +331,7 @@ class Surgery:
         )
         for opened in (_opened(path, sites), None):
             try:
-                rewriter = BlockRewriter(self.modules[path], path, layers, opened, inner)
+                rewriter = BlockRewriter(self.modules[path], path, layers, opened, inner, constants)
                 for site in sites:
                     rewriter.insert(site, self._gate(site))
                 return rewriter.finish()

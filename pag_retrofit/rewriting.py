@@ -104,6 +104,7 @@ class BlockRewriter:
         layers: All layers that the network's forward pass uses.
         opened: Paths inside the block of modules to trace through; None for all.
         leaves: Paths inside the block of modules that are rewritten themselves.
+        constants: Arguments of the block that have one value in every call.
 
     Raises:
         UntraceableError: The block cannot be traced.
@@ -116,12 +117,13 @@ class BlockRewriter:
         layers: frozenset[str],
         opened: frozenset[str] | None,
         leaves: frozenset[str],
+        constants: dict[str, Any],
     ):
         """Trace the block."""
         self.block = block
         self.path = path
         self.layers = layers
-        self.graph = trace_block(block, opened, leaves)
+        self.graph = trace_block(block, opened, leaves, constants)
         self.gates: dict[str, PixelGate] = {}
 
     def insert(self, site: Site, gate: PixelGate) -> None:
@@ -281,7 +283,8 @@ class BlockRewriter:
 
     def _kind(self, node: Node) -> str:
         if node.op == "call_module":
-            return type(self.block.get_submodule(str(node.target))).__name__
+            gate = self.gates.get(str(node.target))
+            return type(gate or self.block.get_submodule(str(node.target))).__name__
         if node.op == "call_method":
             return str(node.target)
         return getattr(node.target, "__name__", "") if node.op == "call_function" else ""

@@ -29,7 +29,7 @@ from pag_retrofit.locality import (
     operator_name,
     pair,
 )
-from pag_retrofit.tracing import ConvCall, NetworkGraph, ancestors
+from pag_retrofit.tracing import LAYER_TYPES, ConvCall, NetworkGraph, ancestors
 
 LAYOUTS = ("BCHW", "BHWC", "BNC")
 
@@ -166,23 +166,22 @@ class _Finder:
                     self.owned[path].add(node)
             if operator_name(node) in LAYERS:
                 self._list_layer(node)
-        for name, call in self.network.calls.items():  # what no graph shows
-            if name not in self.found.layers:
-                self.calls[name] = call.times
-                self.found.layers[name] = Layer(name, "conv2d", call.macs)
+        counted: set[nn.Module] = set()
         for name, module in self.modules.items():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
-                if name not in self.found.layers:
-                    self.found.layers[name] = Layer(name, type(module).__name__.lower(), 0)
-                    unused = "the forward pass does not use it"
-                    self.found.reasons[name] = self.network.failure or unused
+            if isinstance(module, LAYER_TYPES) and name not in self.found.layers:
+                known = self.network.failure and module not in counted
+                macs = self.network.observed.layer_macs.get(name, 0) if known else 0
+                counted.add(module)
+                self.found.layers[name] = Layer(name, type(module).__name__.lower(), macs)
+                unused = "the forward pass does not use it"
+                self.found.reasons[name] = self.network.failure if macs else unused
 
     def _list_layer(self, node: Node) -> None:
         name = self._layer_name(node)
         self.layer_of[node] = name
         self.calls[name] += 1
         earlier = self.found.layers.get(name)
-        macs = node_macs(node) + (earlier.macs if earlier else 0)
+        macs = node_macs(node) // self.network.observed.images + (earlier.macs if earlier else 0)
         self.found.layers[name] = Layer(name, operator_name(node), macs)
         if name not in self.modules:
             self.found.reasons[name] = "its weight belongs to no layer"
@@ -192,7 +191,7 @@ class _Finder:
         weight = self.network.parameter_of.get(node.args[1].name, "")
         owner = self.network.owner(node)
         for path in (weight.removesuffix(".weight"), owner):
-            if isinstance(self.modules.get(path), nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+            if isinstance(self.modules.get(path), LAYER_TYPES):
                 return path
         return weight or node.name
 
@@ -317,7 +316,7 @@ class _Finder:
             cost=cost,
             input_size=sizes[0],
             output_size=sizes[1],
-            maps=max(shape[0] // self.network.images, 1),
+            maps=max(shape[0] // self.network.observed.images, 1),
             layout=analysis.layout,
             add_index=place[0] if place else None,
             operand=place[1] if place else 0,
@@ -335,14 +334,16 @@ class _Finder:
         layouts = [layout for layout in LAYOUTS if len(layout) == rank]
         if not layouts:
             raise NotPixelLocalError(f"its input has {rank} axes: neither a map nor tokens")
-        reasons = []
+        furthest: tuple[int, NotPixelLocalError] | None = None
         for layout in layouts:
             analysis = BranchAnalysis(self.network, set(inside), entry, end, layout)
             try:
                 return analysis, analysis.run()
             except NotPixelLocalError as reason:
-                reasons.append(reason)
-        raise reasons[0]
+                if furthest is None or len(analysis.axes) > furthest[0]:
+                    furthest = len(analysis.axes), reason
+        assert furthest is not None
+        raise furthest[1]
 
     def _exclusive(self, branch: Node, shortcut: Node) -> list[Node]:
         """Nodes that only one side of an addition depends on, in the order of the graph."""
@@ -364,7 +365,7 @@ class _Finder:
         for name, layer in self.found.layers.items():
             if name in self.covered | self.per_image or not layer.macs:
                 continue
-            call = self.network.calls.get(name)
+            call = self.network.observed.calls.get(name)
             if call is None:
                 kind = layer.kind.replace("_", " ")
                 self.found.reasons.setdefault(name, f"a {kind} layer outside a residual branch")
@@ -414,7 +415,7 @@ class _Finder:
             cost=cost,
             input_size=call.input_size,
             output_size=call.output_size,
-            maps=max(call.maps // self.network.images, 1),
+            maps=max(call.maps // self.network.observed.images, 1),
             layers=(name,),
         )
         self._check_worth(site)

@@ -8,6 +8,8 @@ module as a leaf, so that state-dict keys and train/eval behaviour stay those of
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pag_retrofit.errors import PagError
+
+LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class UntraceableError(PagError):
@@ -34,15 +39,134 @@ class ConvCall:
         input_size: (H, W).
         output_size: (h, w).
         maps: Batch size that it sees.
-        macs: Per image of the network's input, all calls together.
         times: Number of calls.
     """
 
     input_size: tuple[int, int]
     output_size: tuple[int, int]
     maps: int
-    macs: int
     times: int = 1
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts multiply-accumulates by the formulas of `torch.utils.flop_counter`.
+
+    Its own mode follows modules as well, which fails where a parameter is passed to a module
+    without gradients being recorded.
+
+    Attributes:
+        macs: So far.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and count it."""
+        kwargs = kwargs or {}
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is None and func is not torch.ops.prim.device.default:
+            with self:  # in inference mode, operators made of others arrive here whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if flops is not None:
+            self.macs += flops(*args, **kwargs, out_val=result) // 2
+        return result
+
+
+class Observation:
+    """What one forward pass shows: MACs, calls of convolutions, plain arguments of modules.
+
+    Args:
+        images: Batch size of the example.
+
+    Attributes:
+        macs: MACs per image of all operators.
+        layer_macs: Path of a convolution or linear layer -> its MACs per image; a layer with
+            several names is under each of them, here and below.
+        calls: Path of an `nn.Conv2d` -> how it is called.
+        constants: Module path -> its arguments that do not depend on the input (None, flags,
+            rates, names), if every call has the same; None if they differ.
+    """
+
+    def __init__(self, images: int) -> None:
+        """Start with nothing."""
+        self.images = images
+        self.macs = 0
+        self.layer_macs: dict[str, int] = {}
+        self.calls: dict[str, ConvCall] = {}
+        self.constants: dict[str, dict[str, Any] | None] = {}
+
+    def run(self, model: nn.Module, example: Tensor) -> None:
+        """Run a copy of a network in evaluation mode.
+
+        Nothing is computed, unless the network looks at values to decide what to do.
+
+        Raises:
+            PagError: The network does not run on the example.
+        """
+        copied = shadow(model)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                self._run(copied, mode.from_tensor(example))
+        except Exception:
+            try:
+                self._run(shadow(model), example)
+            except Exception as error:
+                raise PagError(
+                    f"example_input of shape {tuple(example.shape)}: {type(model).__name__} does "
+                    f"not run on it ({_first_line(error)}); pass a shape that the network accepts"
+                ) from error
+
+    def _run(self, model: nn.Module, example: Tensor) -> None:
+        for found in (self.layer_macs, self.calls, self.constants):
+            found.clear()
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.register_forward_pre_hook(self._note_arguments(name), with_kwargs=True)
+            if isinstance(module, LAYER_TYPES):
+                module.register_forward_hook(self._note_layer(name))
+        with warnings.catch_warnings(), torch.no_grad(), in_mode(model):
+            warnings.simplefilter("ignore")
+            with MacCounter() as counter:
+                model(example)
+        self.macs = counter.macs // self.images
+
+    def _note_layer(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not inputs or not isinstance(output, Tensor):
+                return
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            counted = inputs[0] if getattr(layer, "transposed", False) else output
+            macs = counted.numel() * math.prod(weight.shape[1:]) // self.images
+            self.layer_macs[name] = self.layer_macs.get(name, 0) + macs
+            if isinstance(layer, nn.Conv2d) and output.dim() == 4:
+                earlier = self.calls.get(name)
+                sizes = [(int(t.shape[2]), int(t.shape[3])) for t in (inputs[0], output)]
+                times = earlier.times + 1 if earlier else 1
+                self.calls[name] = ConvCall(sizes[0], sizes[1], int(output.shape[0]), times)
+
+        return hook
+
+    def _note_arguments(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            constants = {
+                key: value
+                for key, value in bound.arguments.items()
+                if value is None or isinstance(value, bool | float | str)
+            }
+            same = name not in self.constants or self.constants[name] == constants
+            self.constants[name] = constants if same else None
+
+        return hook
 
 
 @dataclass(frozen=True)
@@ -52,18 +176,19 @@ class NetworkGraph:
     Args:
         graph: ATen-level graph in evaluation mode; empty if there is a `failure`.
         parameter_of: Placeholder name -> state-dict name of the parameter or buffer.
-        total_macs: Per image, everything that `FlopCounterMode` counts.
-        images: Batch size of the example.
-        calls: Convolution module -> how it is called.
+        observed: What a forward pass showed.
         failure: Why `torch.export` cannot follow the network, or "".
     """
 
     graph: fx.Graph
     parameter_of: dict[str, str]
-    total_macs: int
-    images: int
-    calls: dict[str, ConvCall]
+    observed: Observation
     failure: str = ""
+
+    @property
+    def total_macs(self) -> int:
+        """Of the network, per image."""
+        return self.observed.macs
 
     def owner(self, node: fx.Node) -> str:
         """Path of the innermost module whose forward created a node; "" is the network."""
@@ -98,6 +223,15 @@ def example_tensor(model: nn.Module, example_input: Tensor | tuple[int, ...]) ->
     return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
 
+def shadow(module: nn.Module) -> nn.Module:
+    """Copy a module but not its tensors, so that what a trial run caches in it does no harm."""
+    tensors = [*module.parameters(), *module.buffers()]
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    except Exception:  # it cannot be copied: hope that it caches nothing
+        return module
+
+
 def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     """Export a network in evaluation mode; the network itself is left as it was.
 
@@ -107,72 +241,19 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     Raises:
         PagError: The network does not run on the example.
     """
-    images = max(example.shape[0], 1)
-    with in_mode(model):
-        macs, calls = _run(model, example)
+    observed = Observation(max(example.shape[0], 1))
+    observed.run(model, example)
+    copied = shadow(model)
+    with in_mode(copied), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(model, (example,), strict=False)
+            exported = torch.export.export(copied, (example,), strict=False)
         except Exception as error:
             failure = f"torch.export cannot follow the network: {_first_line(error)}"
-            return NetworkGraph(fx.Graph(), {}, macs // images, images, calls, failure)
+            return NetworkGraph(fx.Graph(), {}, observed, failure)
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return NetworkGraph(exported.graph, dict(names), macs // images, images, calls)
-
-
-def _run(model: nn.Module, example: Tensor) -> tuple[int, dict[str, ConvCall]]:
-    """Run once; return the MACs of the batch and the calls of convolutions.
-
-    Nothing is computed, unless the network looks at values to decide what to do.
-    """
-    calls: dict[str, ConvCall] = {}
-    handles = [
-        module.register_forward_hook(_record_call(calls, name, max(example.shape[0], 1)))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            try:
-                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                    return _count_macs(model, mode.from_tensor(example)), calls
-            except Exception:
-                calls.clear()
-                return _count_macs(model, example), calls
-    except Exception as error:
-        raise PagError(
-            f"example_input of shape {tuple(example.shape)}: {type(model).__name__} does not run "
-            f"on it ({_first_line(error)}); pass a shape that the network accepts"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _count_macs(model: nn.Module, example: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(example)
-    return counter.get_total_flops() // 2
-
-
-def _record_call(calls: dict[str, ConvCall], name: str, images: int) -> Callable[..., None]:
-    def hook(conv: nn.Conv2d, inputs: tuple[Any, ...], output: Any) -> None:
-        if not inputs or not isinstance(output, Tensor) or output.dim() != 4:
-            return
-        earlier = calls.get(name)
-        macs = output.numel() * math.prod(conv.weight.shape[1:]) // images
-        calls[name] = ConvCall(
-            (inputs[0].shape[2], inputs[0].shape[3]),
-            (output.shape[2], output.shape[3]),
-            output.shape[0],
-            macs + (earlier.macs if earlier else 0),
-            1 + (earlier.times if earlier else 0),
-        )
-
-    return hook
+    return NetworkGraph(exported.graph, dict(names), observed)
 
 
 def _first_line(error: Exception) -> str:
@@ -223,7 +304,10 @@ class BlockTracer(fx.Tracer):
 
 
 def trace_block(
-    block: nn.Module, opened: frozenset[str] | None, leaves: frozenset[str] = frozenset()
+    block: nn.Module,
+    opened: frozenset[str] | None,
+    leaves: frozenset[str],
+    constants: dict[str, Any],
 ) -> fx.Graph:
     """Trace a block so that the graph holds in training and in evaluation.
 
@@ -231,15 +315,17 @@ def trace_block(
         block: The block.
         opened: Paths inside it of modules to trace through; None for all that hold others.
         leaves: Paths inside it of modules to call rather than trace through.
+        constants: Arguments that have one value in every call; the graph checks that they do.
 
     Raises:
         UntraceableError: It cannot be traced, or its forward depends on the mode.
     """
+    block = shadow(block)
     graphs = []
     for training in (True, False):
         try:
             with in_mode(block, training):
-                graphs.append(BlockTracer(opened, leaves).trace(block))
+                graphs.append(BlockTracer(opened, leaves).trace(block, constants))
         except Exception as error:
             raise UntraceableError(
                 f"{type(block).__name__} cannot be traced ({_first_line(error)})"
@@ -249,6 +335,10 @@ def trace_block(
         raise UntraceableError(
             f"the forward of {type(block).__name__} differs between training and evaluation"
         )
+    names = inspect.signature(block.forward).parameters
+    for node, name in zip(graphs[1].find_nodes(op="placeholder"), names, strict=False):
+        if node.target == f"{name}_{str(node.target).rpartition('_')[2]}":
+            node.target = name  # constants are numbered, which callers by keyword do not know
     return graphs[1]
 
 

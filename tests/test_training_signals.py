@@ -44,7 +44,7 @@ def set_probability(gated: nn.Module, probability: float) -> None:
 
 def test_expected_fraction_is_the_measured_one_when_gates_are_sure(pair: Pair) -> None:
     gated = pair.fresh().train()
-    shuffle_gates(gated, 1e5)
+    shuffle_gates(gated, 1e7)
     with torch.no_grad(), pag.measure(gated) as m:
         gated(pair.x)
     sure = [
