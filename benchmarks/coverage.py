@@ -9,7 +9,8 @@ holds convolutions larger than 1x1 beyond stem and patch embedding, as a classif
 `features_only=True`, and re-parameterised where timm can; every SMP architecture with the smallest
 native encoder of each encoder class and with each of those timm networks as `tu-` encoder (those
 that take vision transformers with the smallest network of every timm module); every architecture
-with a classification head. Weights are fresh: shares do not depend on them.
+with a classification head; some large networks of timm, for the time of surgery. Weights are fresh:
+shares do not depend on them.
 
 Each network is tried in a process of its own. The results are written after each one, so a run that
 was stopped goes on where it was.
@@ -53,6 +54,18 @@ EXTRA = (
     "vit_tiny_patch16_224",
 )
 """timm networks besides the smallest ones: well-known, merging branches, transformers."""
+LARGE = (
+    "resnet50",
+    "resnet152",
+    "densenet201",
+    "nasnetalarge",
+    "hrnet_w64",
+    "maxvit_base_tf_224",
+    "dm_nfnet_f4",
+    "convnext_xlarge",
+    "tf_efficientnet_l2",
+)
+"""timm networks of many modules or parameters, for the time of surgery."""
 TOKEN_ARCHITECTURES = ("DPT", "Segformer", "UPerNet")
 """SMP architectures that take vision transformers as encoders."""
 ACCEPTED = ("ok", "failed", "crashed", "timeout")
@@ -128,6 +141,7 @@ def all_cases(selection: dict[str, Any]) -> list[Case]:
     merged = [(name, _module_of(name)) for name in selection["mergeable"]]
     cases += [Case("timm-reparameterized", name, family=module) for name, module in merged]
     cases += [Case("timm-features", name, family=module) for name, module in timm_names]
+    cases += [Case("timm-large", name, family=_module_of(name)) for name in LARGE]
     architectures = [a.__name__ for a in smp.MODEL_ARCHITECTURES_MAPPING.values()]
     for name in architectures:
         natives = selection["native"].items()

@@ -18,6 +18,7 @@ KINDS = {
     "timm": "timm, as classifier",
     "timm-features": "timm, `features_only=True`",
     "timm-reparameterized": "timm, parallel branches merged",
+    "timm-large": "timm, large networks (bit-identity, plan and removal only)",
     "smp": "SMP",
     "smp-aux": "SMP with a classification head",
 }
@@ -44,9 +45,9 @@ def page(results: dict[str, Any]) -> str:
     for kind, title in KINDS.items():
         records = _of_kind(results, kind)
         if records:
-            parts += [f"## {title}", table(records)]
+            parts += [f"## {title}", matrix(records) if kind == "smp" else table(records)]
         refused = [name for name, record in records.items() if record["status"] == "not offered"]
-        if refused:
+        if refused and kind != "smp":
             parts.append(f"The library itself does not offer: {', '.join(refused)}.")
     return "\n\n".join(parts) + "\n"
 
@@ -88,6 +89,29 @@ def table(records: dict[str, Any]) -> str:
         cells = [name, r["family"], *_figures(r), _remarks(r)]
         lines.append("| " + " | ".join(cells).replace("\n", " ") + " |")
     return "\n".join(lines)
+
+
+def matrix(records: dict[str, Any]) -> str:
+    """Encoders against architectures: what is gateable, or why there is nothing."""
+    pairs = [name.split("/") for name in records]
+    architectures = sorted({architecture for architecture, _ in pairs})
+    lines = [
+        "Share that is gateable; a dash where SMP does not offer the combination at all.\n",
+        f"| encoder | {' | '.join(architectures)} |",
+        "|---|" + "---:|" * len(architectures),
+    ]
+    for encoder in dict.fromkeys(encoder for _, encoder in pairs):
+        cells = [_cell(records.get(f"{a}/{encoder}")) for a in architectures]
+        lines.append(f"| {encoder} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None or record["status"] == "not offered":
+        return "-"
+    if record["status"] == "ok":
+        return f"{record['gateable_share']:.0%}"
+    return f"**{', '.join(record.get('failures') or [record['status']])}**"
 
 
 def _figures(record: dict[str, Any]) -> list[str]:
