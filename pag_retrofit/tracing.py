@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -335,11 +337,21 @@ def trace_block(
         raise UntraceableError(
             f"the forward of {type(block).__name__} differs between training and evaluation"
         )
+    _compare_with_none(graphs[1])
     names = inspect.signature(block.forward).parameters
     for node, name in zip(graphs[1].find_nodes(op="placeholder"), names, strict=False):
         if node.target == f"{name}_{str(node.target).rpartition('_')[2]}":
             node.target = name  # constants are numbered, which callers by keyword do not know
     return graphs[1]
+
+
+def _compare_with_none(graph: fx.Graph) -> None:
+    """Check arguments that are None by operators: fx cannot unpickle its own check (torch 2.15)."""
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        with graph.inserting_before(node):
+            equal = graph.call_function(operator.eq, (node.args[0], None))
+            graph.call_function(torch._assert, (equal, node.args[1]))
+        graph.erase_node(node)
 
 
 def ancestors(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -16,8 +16,10 @@ from conftest import Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ONE_EACH, CustomNet, Residual, SqueezeExcite, conv, needed_pixels, randomize
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import pag_retrofit as pag
 from pag_retrofit.gates import GatedConv, PixelGate, named_gates
@@ -87,6 +89,9 @@ def test_copies_are_complete(pair: Pair) -> None:
         assert torch.equal(unpickled(pair.x), pair.original(pair.x))  # nothing is shared
 
 
+MODE_DEPENDENT = (nn.modules.batchnorm._BatchNorm, DropPath)
+
+
 def test_open_training_forward_is_bit_identical(pair: Pair) -> None:
     """Batch statistics, dropout and drop-path follow the mode as in the original."""
     original, gated = copy.deepcopy(pair.original).train(), pair.fresh().train()
@@ -95,7 +100,8 @@ def test_open_training_forward_is_bit_identical(pair: Pair) -> None:
         expected = original(pair.x)
         torch.manual_seed(1)
         assert torch.equal(gated(pair.x), expected)
-    assert not torch.equal(expected, pair.original(pair.x))
+    if any(isinstance(module, MODE_DEPENDENT) for module in original.modules()):
+        assert not torch.equal(expected, pair.original(pair.x))
     state = gated.state_dict()
     for key, value in original.state_dict().items():
         assert torch.equal(state[key], value), key
@@ -138,6 +144,9 @@ def test_remove_restores(pair: Pair) -> None:
     assert list(again.state_dict()) == list(pair.gated.state_dict())
 
 
+OPERATORS_OF_LAYERS = ("aten.convolution", "aten.addmm", "aten.mm")
+
+
 def test_plan_lists_every_layer_once(pair: Pair) -> None:
     kinds = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
     layers = {n for n, m in pair.original.named_modules() if isinstance(m, kinds)}
@@ -147,8 +156,12 @@ def test_plan_lists_every_layer_once(pair: Pair) -> None:
     assert all(layer.reason for layer in pair.plan.dense)
     assert [site.name for site in pair.plan.sites if site.macs <= 0] == []
     assert {site.name for site in pair.plan.sites} == {name for name, _ in named_gates(pair.gated)}
-    total = sum(layer.macs for layer in pair.plan.dense) + sum(s.macs for s in pair.plan.sites)
-    assert total == pair.plan.total_macs
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(pair.original).requires_grad_(False)(pair.x[:1])
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(flops[op] for op in flops if str(op) not in OPERATORS_OF_LAYERS) // 2
+    listed = sum(layer.macs for layer in pair.plan.dense) + sum(s.macs for s in pair.plan.sites)
+    assert listed == pair.plan.total_macs - attention
     assert 0 < pair.plan.floor < 1 and 0 < pair.plan.gateable_share <= 1
 
 

@@ -30,7 +30,8 @@ def shuffle_gates(gated: nn.Module, scale: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, gate in named_gates(gated):
         gate.weight.copy_(scale * torch.randn(gate.weight.shape, generator=generator))
-        gate.bias.zero_()
+        # Not zero: a feature that is dead everywhere leaves the logit to the bias.
+        gate.bias.copy_(1e-3 * scale * torch.randn(1, generator=generator))
 
 
 def set_probability(gated: nn.Module, probability: float) -> None:
