@@ -214,6 +214,7 @@ def run(
                 if record is None:
                     continue
                 running.remove(job)
+                record["commit"] = results["environment"]["commit"]
                 results["networks"][job.case.id] = record
                 write_json(RESULTS, results)
                 progress.update(task, advance=1, description=job.case.id)
