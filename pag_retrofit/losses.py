@@ -25,10 +25,11 @@ def expected_fraction(gated: nn.Module) -> Tensor:
     state = state_of(gated)
     active, full = torch.zeros(()), torch.zeros(())
     for gate in _observed(gated):
-        assert gate.last_probability is not None
-        size = gate.last_input_size
-        active = active + gate.cost.active_macs(gate.last_probability, size).mean()
-        full = full + gate.cost.full_macs(size)
+        probability, size = gate.last_probability, gate.last_input_size
+        assert probability is not None
+        height, width = probability.shape[2:]
+        active = active + gate.cost.active_macs(probability, size).sum()
+        full = full + probability.shape[0] * gate.cost.full_macs(size, (height, width))
     return _average(1 + (active / full - 1) * state.gateable_share)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.functional import pattern_mask
+from pag_retrofit.functional import as_map, pattern_mask
 from pag_retrofit.gates import MaskOverride, PixelGate, named_gates, state_of
+from pag_retrofit.tracing import MacCounter
 
 
 class Measurement:
@@ -81,8 +82,8 @@ class Measurement:
         self._input_shape = shape
 
     def _observe(self, gate: PixelGate, inputs: tuple[Any, ...], mask: Tensor) -> None:
-        size = (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
-        self._pass.append((gate, mask.detach().float(), size))
+        height, width = as_map(inputs[0], gate.layout).shape[2:]
+        self._pass.append((gate, mask.detach().float(), (int(height), int(width))))
 
     def _finish_pass(self, executed_macs: int) -> None:
         """Turn what ran (everything, densely) into what was needed."""
@@ -91,10 +92,10 @@ class Measurement:
         self._site_map = torch.zeros(batch, height, width, dtype=torch.float64)
         dense = executed_macs
         for gate, mask, size in self._pass:
-            cost, pixels = gate.cost, mask.shape[2] * mask.shape[3]
-            extras = batch * pixels * (cost.gate_macs + cost.bypass_macs)
+            cost, output_size = gate.cost, (mask.shape[2], mask.shape[3])
+            extras = mask.numel() * (cost.gate_macs + cost.bypass_macs)
             original -= extras
-            dense -= extras + batch * cost.full_macs(size)
+            dense -= extras + mask.shape[0] * cost.full_macs(size, output_size)
             needed += self._add_site(gate, mask, size)
         self._dense_macs = dense
         self.images += batch
@@ -114,19 +115,41 @@ class Measurement:
             count = int(where.double().sum())
             if macs and count:
                 total += macs * count
-                self._site_map += macs * _spread(where, self._site_map.shape[1:])
+                self._site_map += macs * _spread(where, self._site_map.shape)
         self.masks[gate.site] = mask.bool().cpu()
         self._open[gate.site] = self._open.get(gate.site, 0.0) + float(mask.double().sum())
         self._pixels[gate.site] = self._pixels.get(gate.site, 0) + mask.numel()
         return total
 
 
-def _spread(where: Tensor, size: torch.Size) -> Tensor:
-    """Share each pixel of a map (B, 1, h, w) out over the input pixels it covers; keeps sums."""
+def _spread(where: Tensor, shape: torch.Size) -> Tensor:
+    """Share each pixel of a map (b, 1, h, w) out over the input pixels it covers; keeps sums.
+
+    Tokens are laid out as the grid of the image's proportions that has as many, class tokens
+    before it left out. Maps of other batches (windows) are spread evenly over their image.
+    """
+    batch, height, width = shape
     where = where.detach().double().cpu()
-    spread = F.interpolate(where, tuple(size), mode="nearest-exact")[:, 0]
-    totals = spread.sum((1, 2)).clamp_min(1e-9)
-    return spread * (where.sum((1, 2, 3)) / totals)[:, None, None]
+    sums = where.reshape(batch, -1).sum(1)
+    if where.shape[3] == 1 < width:
+        where = _fold_tokens(where, height, width)
+    if where.shape[0] != batch:
+        where = where.new_ones(batch, 1, 1, 1)
+    spread = F.interpolate(where, (height, width), mode="nearest-exact")[:, 0]
+    totals = spread.sum((1, 2))
+    spread[totals == 0] = 1.0
+    return spread * (sums / spread.sum((1, 2)))[:, None, None]
+
+
+def _fold_tokens(where: Tensor, height: int, width: int) -> Tensor:
+    count = where.shape[2]
+    for extra in range(min(8, count)):
+        rows = round(math.sqrt((count - extra) * height / width))
+        if rows and (count - extra) % rows == 0:
+            columns = (count - extra) // rows
+            if abs(rows / columns - height / width) < 0.1 * height / width:
+                return where[:, :, extra:].reshape(-1, 1, rows, columns)
+    return where
 
 
 @contextlib.contextmanager
@@ -147,16 +170,16 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
     """
     state_of(gated)
     result = Measurement()
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
     counted = [0]
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4)
         result._start_pass(tuple(x.shape))
-        counted[0] = counter.get_total_flops() // 2
+        counted[0] = counter.macs
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        result._finish_pass(counter.get_total_flops() // 2 - counted[0])
+        result._finish_pass(counter.macs - counted[0])
 
     handles = [
         gated.register_forward_pre_hook(before, with_kwargs=True),

@@ -5,17 +5,28 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import BudgetError, NoSitesError, PagError
-from pag_retrofit.gates import GatedConv2d, PixelGate
+from pag_retrofit.gates import (
+    GatedModule,
+    PixelGate,
+    collapsed_kernel,
+    gate_branch_end,
+    gate_convolution,
+)
 from pag_retrofit.rewriting import BlockRewriter, GatedBlock
 from pag_retrofit.sites import Findings, Site, find_sites
-from pag_retrofit.tracing import UntraceableError, example_tensor, export_network
+from pag_retrofit.tracing import (
+    NetworkGraph,
+    UntraceableError,
+    example_tensor,
+    export_network,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,13 +72,12 @@ class Plan:
     @property
     def gate_share(self) -> float:
         """MACs of all gates as a fraction of the network's."""
-        gates = sum(site.cost.gate_macs_total(site.input_size) for site in self.sites)
-        return gates / self.total_macs
+        return sum(site.gate_macs for site in self.sites) / self.total_macs
 
     @property
     def floor(self) -> float:
         """Smallest compute fraction: every pixel closed, gates and bypasses paid."""
-        closed = sum(site.cost.floor_macs(site.input_size) for site in self.sites)
+        closed = sum(site.floor_macs for site in self.sites)
         return 1 - self.gateable_share + closed / self.total_macs
 
     @property
@@ -221,22 +231,26 @@ class Surgery:
         self.config = config
         example = example_tensor(model, example_input)
         network = export_network(model, example)
-        total = network.total_macs // example.shape[0]
         self.modules = dict(model.named_modules())
         self.replacements: dict[str, nn.Module] = {}
-        findings = find_sites(model, replace(network, total_macs=total), config)
-        sites = self._rewrite(findings)
+        findings = self._rewrite(network)
         dense = tuple(
             DenseLayer(name, layer.kind, layer.macs, findings.reasons[name])
             for name, layer in findings.layers.items()
             if name in findings.reasons
         )
-        shape = tuple(example.shape)
-        if total == 0:
+        if network.total_macs == 0:
             raise NoSitesError(
                 f"{type(model).__name__} has no convolution or linear layer: nothing to gate"
             )
-        self.plan = Plan(type(model).__name__, budget, shape, total, sites, dense)
+        self.plan = Plan(
+            type(model).__name__,
+            budget,
+            tuple(example.shape),
+            network.total_macs,
+            tuple(findings.sites),
+            dense,
+        )
 
     def install(self) -> None:
         """Put the rewritten modules into the network, outer ones first.
@@ -247,46 +261,89 @@ class Surgery:
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, module)
 
-    def _rewrite(self, findings: Findings) -> tuple[Site, ...]:
-        """Build all replacements; sites that turn out not to be rewritable are dropped."""
-        kept: list[Site] = []
+    def _rewrite(self, network: NetworkGraph) -> Findings:
+        """Find sites and build all replacements.
+
+        What turns out not to be rewritable is refused, and the sites are looked for again: the
+        convolutions of a refused block may be sites of their own.
+        """
+        refused: dict[str, str] = {}
+        while True:
+            findings = find_sites(self.model, network, self.config, refused)
+            self.replacements = {}
+            refusals = self._replace_modules(findings) | self._replace_blocks(findings, network)
+            if not refusals:
+                return findings
+            refused |= refusals
+
+    def _replace_modules(self, findings: Findings) -> dict[str, str]:
+        """Gate single modules; return those that refuse, with the reason."""
+        refusals = {}
+        for site in findings.sites:
+            if site.owner != site.name or (site.kind == "branch" and site.add_index is not None):
+                continue
+            module = self.modules[site.name]
+            try:
+                if site.kind == "branch":
+                    gated: nn.Module = gate_branch_end(module, self._gate(site))
+                else:
+                    assert isinstance(module, nn.Conv2d)
+                    bypass = collapsed_kernel(module) if site.bypass == "collapsed" else None
+                    gated = gate_convolution(module, self._gate(site), bypass)
+                self.replacements[site.name] = gated
+            except UntraceableError as reason:
+                refusals[site.name] = str(reason)
+        return refusals
+
+    def _replace_blocks(self, findings: Findings, network: NetworkGraph) -> dict[str, str]:
+        """Rewrite blocks, inner ones first; return those that refuse, with the reason."""
         blocks: dict[str, list[Site]] = defaultdict(list)
         for site in findings.sites:
-            if site.owner == site.name and site.kind == "conv":
-                conv = self.modules[site.name]
-                assert isinstance(conv, nn.Conv2d)
-                self.replacements[site.name] = GatedConv2d.from_conv(conv, self._gate(site))
-                kept.append(site)
-            else:
+            if site.name not in self.replacements:
                 blocks[site.owner].append(site)
-        for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):  # inner first
-            kept += self._rewrite_block(path, sites, findings)
-        order = {site.name: position for position, site in enumerate(findings.sites)}
-        return tuple(sorted(kept, key=lambda site: order[site.name]))
+        layers = frozenset(name for name, layer in findings.layers.items() if layer.macs)
+        constants = network.observed.constants
+        refusals = {}
+        for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):
+            try:
+                self.replacements[path] = self._rewrite_block(
+                    path, sites, layers, constants.get(path)
+                )
+            except UntraceableError as reason:
+                logger.info("%s is not rewritten: %s", path, reason)
+                refusals[path] = str(reason)
+        return refusals
 
-    def _rewrite_block(self, path: str, sites: list[Site], findings: Findings) -> list[Site]:
-        try:
-            inner = frozenset(
-                other.removeprefix(f"{path}.")
-                for other in self.replacements
-                if other.startswith(f"{path}.")
-            )
-            rewriter = BlockRewriter(self.modules[path], path, inner)
-            for site in sites:
-                rewriter.insert(site, self._gate(site))
-            self.replacements[path] = rewriter.finish()
-        except UntraceableError as reason:
-            logger.info("%s stays dense: %s", path, reason)
-            for site in sites:
-                for layer in site.layers:
-                    findings.reasons[layer] = f"{path}: {reason}"
-            return []
-        return sites
+    def _rewrite_block(
+        self,
+        path: str,
+        sites: list[Site],
+        layers: frozenset[str],
+        constants: dict[str, Any] | None,
+    ) -> GatedBlock:
+        """Rewrite a block, tracing through as little of it as its sites allow."""
+        if constants is None:
+            raise UntraceableError("it is not called, or with other arguments each time")
+        inner = frozenset(
+            other.removeprefix(f"{path}.")
+            for other in self.replacements
+            if other.startswith(f"{path}.")
+        )
+        for opened in (_opened(path, sites), None):
+            try:
+                rewriter = BlockRewriter(self.modules[path], path, layers, opened, inner, constants)
+                for site in sites:
+                    rewriter.insert(site, self._gate(site))
+                return rewriter.finish()
+            except UntraceableError as error:
+                reason = error
+        raise reason
 
     def _gate(self, site: Site) -> PixelGate:
         gate = PixelGate(
             site.channels,
             site.cost,
+            layout=site.layout,
             site=site.name,
             initial_probability=self.config.gate.initial_probability,
         )
@@ -304,11 +361,22 @@ def _check_model(model: nn.Module, budget: float) -> None:
         )
     if not isinstance(model, nn.Module):
         raise PagError(f"model={model!r}: expected a torch.nn.Module")
-    if any(isinstance(m, PixelGate | GatedBlock) for m in model.modules()):
+    if any(isinstance(m, GatedModule | GatedBlock | PixelGate) for m in model.modules()):
         raise PagError(
             f"{type(model).__name__} is gated already: use set_budget() for another budget, or "
             "remove() before retrofitting it anew"
         )
+
+
+def _opened(path: str, sites: list[Site]) -> frozenset[str]:
+    """Modules of a block that its sites make it necessary to trace through."""
+    owners = {pool.owner for site in sites for pool in site.pools}
+    owners |= {site.name.rpartition(".")[0] for site in sites if site.kind == "conv"}
+    opened: set[str] = set()
+    for owner in owners:
+        parts = owner.removeprefix(path).removeprefix(".").split(".")
+        opened.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return frozenset(opened)
 
 
 def _grouped(layers: tuple[DenseLayer, ...]) -> Mapping[str, list[DenseLayer]]:
