@@ -3,9 +3,9 @@
     python benchmarks/kernels.py                 # all shapes, some minutes, one thread
     python benchmarks/kernels.py --only unet     # names that contain a word; nothing is written
 
-All variants of a shape run in one interleaved loop, so that a busy machine slows them alike. Dense is
-the faster of contiguous and channels_last. Efficiency is (dense time / sparse time) * density: 1
-where time falls exactly as the number of pixels.
+All variants of a shape run in one interleaved loop, so that a busy machine slows them alike. Dense
+is the faster of contiguous and channels_last. Efficiency is (dense time / sparse time) * density:
+1 where time falls exactly as the number of pixels.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the kernels ask of their arguments, checked once, before any address is taken.
 
-Maps are NHWC, (B, H, W, C), float32, on the CPU, *dense-addressed*: one stride leads from each pixel
-to the next, through rows and images. A channels_last tensor permuted to NHWC is such a map, and so
-is a slice of its channels.
+Maps are NHWC, (B, H, W, C), float32, on the CPU, *dense-addressed*: one stride leads from each
+pixel to the next, through rows and images. A channels_last tensor permuted to NHWC is such a map,
+and so is a slice of its channels.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class ConvolutionArguments(NamedTuple):
         weights: Packed by `pack_weight`.
         bias: (C').
         pixels: int32, flat indices into (B, h, w), each at most once; None: every pixel.
-        count: int32, one element: how many of `pixels` are valid; None: all.
-        window: Kernel, stride, dilation and padding (top and left), each vertical, horizontal.
+        length: int32, one element: how many of `pixels` are valid; None: all.
+        window: Kernel, stride, dilation and padding (top and left; negative: the first window
+            starts inside), each vertical, horizontal.
         size: (H, W) of the input after upsampling.
         groups: Of the convolution.
         upsampling: Factor of each source, a power of two.
@@ -61,7 +62,7 @@ class ConvolutionArguments(NamedTuple):
     weights: Tensor
     bias: Tensor | None
     pixels: Tensor | None
-    count: Tensor | None
+    length: Tensor | None
     window: Sequence[int]
     size: Sequence[int]
     groups: int
@@ -124,13 +125,13 @@ def check_vector(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_list(pixels: Tensor | None, count: Tensor | None) -> None:
-    """Refuse a list that is not int32, contiguous and flat. Its entries are checked as they are read.
+def check_list(pixels: Tensor | None, length: Tensor | None) -> None:
+    """Refuse a list that is not int32, contiguous and flat; the kernels check its entries.
 
     Raises:
-        PagError: It is not, or there is a count without a list.
+        PagError: It is not, or there is a length without a list.
     """
-    for name, x in (("pixels", pixels), ("count", count)):
+    for name, x in (("pixels", pixels), ("length", length)):
         if x is None:
             continue
         if x.dtype is not torch.int32 or x.dim() != 1 or not x.is_contiguous() or not x.is_cpu:
@@ -138,19 +139,19 @@ def check_list(pixels: Tensor | None, count: Tensor | None) -> None:
                 f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected contiguous int32 "
                 "with one axis on the CPU, as list_pixels returns it"
             )
-    if count is not None and (pixels is None or count.numel() != 1):
+    if length is not None and (pixels is None or length.numel() != 1):
         raise PagError(
-            f"count has {count.numel()} elements: expected one, and a list that it belongs to"
+            f"length has {length.numel()} elements: expected one, and a list that it belongs to"
         )
 
 
-def bad_list(pixels: Tensor | None, count: Tensor | None, dense: int) -> PagError:
+def bad_list(pixels: Tensor | None, length: Tensor | None, dense: int) -> PagError:
     """The error that names what is wrong with a list for a map of `dense` pixels."""
     assert pixels is not None
-    length = pixels.numel() if count is None else int(count)
-    if not 0 <= length <= pixels.numel():
-        return PagError(f"count={length}: expected 0 to {pixels.numel()}, the entries of its list")
-    listed = pixels[:length]
+    valid = pixels.numel() if length is None else int(length)
+    if not 0 <= valid <= pixels.numel():
+        return PagError(f"length={valid}: expected 0 to {pixels.numel()}, the entries of its list")
+    listed = pixels[:valid]
     wrong = listed[(listed < 0) | (listed >= dense)]
     return PagError(
         f"pixels holds {int(wrong[0])}: expected flat indices from 0 to {dense - 1}; make the list "
@@ -167,13 +168,12 @@ def check_window(name: str, window: Sequence[int]) -> None:
     if (
         len(window) != 8
         or min(window[:6]) < 1
-        or min(window[6:]) < 0
         or (max(window[0], window[1]) - 1) * max(window[4], window[5]) > MAX_EXTENT
-        or max(*window[2:4], *window[6:]) > MAX_EXTENT
+        or max(*window[2:4], *map(abs, window[6:])) > MAX_EXTENT
     ):
         raise PagError(
-            f"{name}={tuple(window)}: expected kernel, stride, dilation (all >= 1) and padding "
-            "(>= 0), each vertical and horizontal"
+            f"{name}={tuple(window)}: expected kernel, stride, dilation (all >= 1) and padding, "
+            f"each vertical and horizontal and at most {MAX_EXTENT}"
         )
 
 
@@ -197,7 +197,7 @@ def check_convolution(a: ConvolutionArguments) -> None:
     check_vector("bias", a.bias, (out_channels,))
     check_vector("scale", a.scale, (batch, out_channels))
     check_vector("input_scale", a.input_scale, (batch, channels))
-    check_list(a.pixels, a.count)
+    check_list(a.pixels, a.length)
     if a.residual is not None:
         pixel_stride("residual", a.residual)
         if a.residual.shape != a.out.shape or a.accumulate:
@@ -231,10 +231,15 @@ def _check_sources(a: ConvolutionArguments, batch: int) -> int:
 
 def _check_groups(a: ConvolutionArguments, channels: int) -> None:
     out_channels = a.out.shape[3]
-    if a.groups < 1 or channels % a.groups or out_channels % a.groups or not channels:
+    if (
+        a.groups < 1
+        or channels % a.groups
+        or out_channels % a.groups
+        or not channels * out_channels
+    ):
         raise PagError(
             f"groups={a.groups}: expected a divisor of {channels} input and {out_channels} output "
-            "channels"
+            "channels, neither of them 0"
         )
     if a.groups > 1 and (len(a.sources) > 1 or a.input_scale is not None):
         raise PagError(

@@ -39,7 +39,7 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
-_GATE = Struct("6i 2i Pq3P")
+_GATE = Struct("6i 4i Pq3P")
 _WINDOW = Struct("8i")
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -140,48 +140,54 @@ def convolution(a: ConvolutionArguments) -> None:
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
         *sources, *_NO_SOURCES[len(sources) :],
-        *_list(a.pixels, a.count, dense),
+        *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
         residual, residual_stride, out, out_stride,
     )  # fmt: skip
     status = library().pag_convolve(call, torch.get_num_threads())
     if status:
-        raise _error(status, a.pixels, a.count, dense)
+        raise _error(status, a.pixels, a.length, dense)
 
 
 def layer_norm(
     out: Tensor,
     x: Tensor,
     pixels: Tensor | None,
-    count: Tensor | None,
+    length: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     epsilon: float,
 ) -> None:
     """Layer norm over the channels of listed pixels of `x` (B, H, W, C) into `out`, or in place."""
-    call = _pack_rows(x, pixels, count, (*_map(out), _address(weight), _address(bias), epsilon))
+    call = _pack_rows(x, pixels, length, (*_map(out), _address(weight), _address(bias), epsilon))
     status = library().pag_layer_norm(call, torch.get_num_threads())
     if status:
-        raise _error(status, pixels, count, x.shape[:3].numel())
+        raise _error(status, pixels, length, x.shape[:3].numel())
 
 
-def masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none."""
     out = x.new_empty(x.shape[0], x.shape[3])
-    call = _pack_rows(x, pixels, count, (out.data_ptr(), 0, 0, 0, 0.0))
+    call = _pack_rows(x, pixels, length, (out.data_ptr(), 0, 0, 0, 0.0))
     status = library().pag_mean(call, torch.get_num_threads())
     if status:
-        raise _error(status, pixels, count, x.shape[:3].numel())
+        raise _error(status, pixels, length, x.shape[:3].numel())
     return out
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+def gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int],
+    offset: tuple[int, int],
+    size: tuple[int, int],
+) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
     batch, height, width, channels = x.shape
-    size = (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
     call = _GATE.pack(
-        batch, height, width, *size, channels, *stride,
+        batch, height, width, *size, channels, *stride, *offset,
         *_map(x), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
     )  # fmt: skip
     library().pag_decide(call, torch.get_num_threads())
@@ -195,8 +201,8 @@ def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """
     mask = _bytes(mask)
     pixels = torch.empty(mask.numel(), dtype=torch.int32)
-    count = library().pag_list_pixels(mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr())
-    return pixels, torch.tensor([count], dtype=torch.int32)
+    found = library().pag_list_pixels(mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr())
+    return pixels, torch.tensor([found], dtype=torch.int32)
 
 
 def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
@@ -211,12 +217,12 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
 
 
 def _pack_rows(
-    x: Tensor, pixels: Tensor | None, count: Tensor | None, rest: tuple[float, ...]
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, rest: tuple[float, ...]
 ) -> bytes:
     batch, height, width, channels = x.shape
     dense = batch * height * width
     return _ROWS.pack(
-        batch, height * width, channels, *_list(pixels, count, dense), *_map(x), *rest
+        batch, height * width, channels, *_list(pixels, length, dense), *_map(x), *rest
     )
 
 
@@ -230,10 +236,10 @@ def _map(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.stride(2) if x.shape[2] > 1 else pixel_stride("map", x)
 
 
-def _list(pixels: Tensor | None, count: Tensor | None, dense: int) -> tuple[int, int, int]:
+def _list(pixels: Tensor | None, length: Tensor | None, dense: int) -> tuple[int, int, int]:
     if pixels is None:
         return 0, 0, dense
-    return pixels.data_ptr(), _address(count), pixels.numel()
+    return pixels.data_ptr(), _address(length), pixels.numel()
 
 
 def _address(x: Tensor | None) -> int:
@@ -241,8 +247,8 @@ def _address(x: Tensor | None) -> int:
 
 
 def _error(
-    status: int, pixels: Tensor | None, count: Tensor | None, dense: int
+    status: int, pixels: Tensor | None, length: Tensor | None, dense: int
 ) -> PagError | MemoryError:
     if status == _NO_MEMORY:
         return MemoryError("the native kernels got no memory for their scratch space")
-    return bad_list(pixels, count, dense)
+    return bad_list(pixels, length, dense)

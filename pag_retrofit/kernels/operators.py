@@ -31,29 +31,29 @@ from pag_retrofit.kernels.arguments import (
 _LIBRARY = torch.library.Library("pag_retrofit", "DEF")
 _LIBRARY.define(
     "convolution(Tensor(a!) out, Tensor[] sources, Tensor weights, Tensor? bias, Tensor? pixels, "
-    "Tensor? count, int[] window, int[] size, int groups, int[] upsampling, str activation, "
+    "Tensor? length, int[] window, int[] size, int groups, int[] upsampling, str activation, "
     "float slope, Tensor? scale, Tensor? input_scale, Tensor? residual, bool accumulate, "
     "bool residual_after) -> ()"
 )
 _LIBRARY.define(
-    "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? count, Tensor? weight, "
+    "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? length, Tensor? weight, "
     "Tensor? bias, float epsilon) -> ()"
 )
-_LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? count) -> Tensor")
-_LIBRARY.define("gate(Tensor x, Tensor weight, Tensor bias, int[] stride) -> Tensor")
+_LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
+_LIBRARY.define(
+    "gate(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size) -> Tensor"
+)
 _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
 
 
 @functools.cache
 def backend() -> ModuleType:
-    """The module that computes: `native`, or `reference` with one warning where that is not there."""
+    """The module that computes: `native`, or where that is not there `reference`, and a warning."""
     try:
         native.library()
     except PagError as error:
-        warnings.warn(
-            f"sparse execution uses plain torch, which is slower: {error}", stacklevel=2
-        )
+        warnings.warn(f"sparse execution uses plain torch, which is slower: {error}", stacklevel=2)
         return reference
     return native
 
@@ -82,7 +82,7 @@ def _layer_norm(
     out: Tensor,
     x: Tensor,
     pixels: Tensor | None,
-    count: Tensor | None,
+    length: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     epsilon: float,
@@ -91,29 +91,48 @@ def _layer_norm(
     pixel_stride("x", x)
     if out.shape != x.shape:
         raise PagError(f"out is {tuple(out.shape)}: expected the shape of x, {tuple(x.shape)}")
-    check_list(pixels, count)
+    check_list(pixels, length)
     check_vector("weight", weight, (x.shape[3],))
     check_vector("bias", bias, (x.shape[3],))
-    backend().layer_norm(out, x, pixels, count, weight, bias, epsilon)
+    backend().layer_norm(out, x, pixels, length, weight, bias, epsilon)
 
 
 @torch.library.impl(_LIBRARY, "masked_mean", "CPU")
-def _masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+def _masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     pixel_stride("x", x)
-    check_list(pixels, count)
-    result: Tensor = backend().masked_mean(x, pixels, count)
+    check_list(pixels, length)
+    result: Tensor = backend().masked_mean(x, pixels, length)
     return result
 
 
 @torch.library.impl(_LIBRARY, "gate", "CPU")
-def _gate(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
+def _gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    offset: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
     pixel_stride("x", x)
     check_vector("weight", weight, (x.shape[3],))
     check_vector("bias", bias, (1,))
-    if len(stride) != 2 or min(stride) < 1:
-        raise PagError(f"stride={tuple(stride)}: expected two numbers >= 1")
-    result: Tensor = backend().gate(x, weight, bias, tuple(stride))
+    _check_grid(x, stride, offset, size)
+    result: Tensor = backend().gate(x, weight, bias, tuple(stride), tuple(offset), tuple(size))
     return result
+
+
+def _check_grid(
+    x: Tensor, stride: Sequence[int], offset: Sequence[int], size: Sequence[int]
+) -> None:
+    pairs = {"stride": stride, "offset": offset, "size": size}
+    if any(len(pair) != 2 for pair in pairs.values()) or min(*stride, *size) < 1 or min(offset) < 0:
+        raise PagError(f"{pairs}: expected pairs, stride and size >= 1, offset >= 0")
+    last = [o + (n - 1) * s for o, n, s in zip(offset, size, stride, strict=True)]
+    if last[0] >= x.shape[1] or last[1] >= x.shape[2]:
+        raise PagError(
+            f"{pairs}: the last pixel is at {tuple(last)}, expected inside x {tuple(x.shape)}"
+        )
 
 
 @torch.library.impl(_LIBRARY, "list_pixels", "CPU")
@@ -152,14 +171,20 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.register_fake("pag_retrofit::masked_mean", lib=_LIBRARY)
-def _(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+def _(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[3])
 
 
 @torch.library.register_fake("pag_retrofit::gate", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
-    height, width = ((x.shape[axis] - 1) // stride[axis - 1] + 1 for axis in (1, 2))
-    return x.new_empty(x.shape[0], 1, height, width, dtype=torch.bool)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    offset: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    return x.new_empty(x.shape[0], 1, *size, dtype=torch.bool)
 
 
 @torch.library.register_fake("pag_retrofit::list_pixels", lib=_LIBRARY)

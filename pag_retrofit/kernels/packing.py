@@ -1,10 +1,10 @@
 """The layout in which the kernels read weights.
 
-A *block* is up to 32 output channels: a matrix (taps * input channels, 32), or 16 wide where the last
-block needs no more, zeros in columns that do not exist. Groups with fewer than 16 output channels
-are computed in *bundles* that fill 16 columns as well as they can, with zeros between groups; larger
-groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a matrix
-(taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
+A *block* is up to 32 output channels: a matrix (taps * input channels, 32), or 16 wide where the
+last block needs no more, zeros in columns that do not exist. Groups with fewer than 16 output
+channels are computed in *bundles* that fill 16 columns as well as they can, with zeros between
+groups; larger groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a
+matrix (taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ class PixelList(NamedTuple):
 
     Args:
         pixels: int32, one entry per pixel of the map; flat indices, each at most once.
-        count: int32, one element: how many entries are valid.
+        length: int32, one element: how many entries are valid.
     """
 
     pixels: Tensor
-    count: Tensor
+    length: Tensor
 
 
 class Epilogue(NamedTuple):
@@ -59,8 +59,8 @@ class PerforatedConvolution(nn.Module):
     Args:
         weight: (out, in / groups, kh, kw).
         bias: (out,), or None.
-        window: Kernel, stride, dilation, padding at the top and left. Padding at the bottom and
-            right is whatever the size of the output asks for.
+        window: Kernel, stride, dilation, padding at the top and left (negative: the first window
+            starts inside). Padding at the bottom and right is whatever the output's size asks for.
         groups: Default 1.
         activation: One of `ACTIVATIONS`; default `"none"`.
         slope: Of `"leaky_relu"`; default 0.01.
@@ -119,12 +119,12 @@ class PerforatedConvolution(nn.Module):
         """
         maps = [sources] if isinstance(sources, Tensor) else list(sources)
         factors = [1] * len(maps) if upsampling is None else list(upsampling)
-        pixels, count = (None, None) if listed is None else listed
+        pixels, length = (None, None) if listed is None else listed
         e = epilogue or _NOTHING
         pairs = list(zip(maps, factors, strict=True))
         size = [min(source.shape[axis] * factor for source, factor in pairs) for axis in (1, 2)]
         convolve(
-            out, maps, self.weights, self.bias, pixels, count, self._flat_window, size,
+            out, maps, self.weights, self.bias, pixels, length, self._flat_window, size,
             self.groups, factors, self.activation, self.slope, e.scale, e.input_scale,
             e.residual, e.accumulate, e.residual_after,
         )  # fmt: skip
@@ -170,8 +170,8 @@ def layer_norm(
     Raises:
         PagError: A shape, type, stride or index does not fit.
     """
-    pixels, count = (None, None) if listed is None else listed
-    _OPS.layer_norm(out, x, pixels, count, weight, bias, epsilon)
+    pixels, length = (None, None) if listed is None else listed
+    _OPS.layer_norm(out, x, pixels, length, weight, bias, epsilon)
     return out
 
 
@@ -181,13 +181,19 @@ def masked_mean(x: Tensor, listed: PixelList | None = None) -> Tensor:
     Raises:
         PagError: A shape, type, stride or index does not fit.
     """
-    pixels, count = (None, None) if listed is None else listed
-    result: Tensor = _OPS.masked_mean(x, pixels, count)
+    pixels, length = (None, None) if listed is None else listed
+    result: Tensor = _OPS.masked_mean(x, pixels, length)
     return result
 
 
 def gate_mask(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int] = (1, 1)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    offset: tuple[int, int] = (0, 0),
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Decide which pixels to compute: where weight . x + bias >= 0.
 
@@ -196,14 +202,21 @@ def gate_mask(
         weight: (C,).
         bias: (1,).
         stride: From one decided pixel to the next.
+        offset: The first decided pixel.
+        size: (h, w); default as many as fit into `x`.
 
     Returns:
-        Bool (B, 1, h, w), h = ceil(H / stride).
+        Bool (B, 1, h, w).
 
     Raises:
-        PagError: A shape, type or stride does not fit.
+        PagError: A shape or type does not fit, or a decided pixel would not be in `x`.
     """
-    result: Tensor = _OPS.gate(x, weight, bias, list(stride))
+    if size is None:
+        height, width = (
+            (n - 1 - o) // s + 1 for n, o, s in zip(x.shape[1:3], offset, stride, strict=True)
+        )
+        size = (height, width)
+    result: Tensor = _OPS.gate(x, weight, bias, list(stride), list(offset), list(size))
     return result
 
 

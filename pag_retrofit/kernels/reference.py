@@ -21,10 +21,8 @@ def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels: gather what each reads, then multiply; see the arguments."""
     batch, height, width, out_channels = a.out.shape
     channels = sum(source.shape[3] for source in a.sources)
-    weight = unpack_weight(
-        a.weights, out_channels, channels, a.groups, (a.window[0], a.window[1])
-    )
-    listed = _listed(a.pixels, a.count, batch * height * width)
+    weight = unpack_weight(a.weights, out_channels, channels, a.groups, (a.window[0], a.window[1]))
+    listed = _listed(a.pixels, a.length, batch * height * width)
     for pixels in listed.split(_PIXELS_AT_ONCE):
         where = _coordinates(pixels, height, width)
         y = _multiply(_gather(a, where), weight, a.groups)
@@ -59,29 +57,37 @@ def layer_norm(
     out: Tensor,
     x: Tensor,
     pixels: Tensor | None,
-    count: Tensor | None,
+    length: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     epsilon: float,
 ) -> None:
     """Layer norm over the channels of listed pixels of `x` (B, H, W, C) into `out`."""
     batch, height, width, channels = x.shape
-    where = _coordinates(_listed(pixels, count, batch * height * width), height, width)
+    where = _coordinates(_listed(pixels, length, batch * height * width), height, width)
     out[where] = F.layer_norm(x[where], (channels,), weight, bias, epsilon)
 
 
-def masked_mean(x: Tensor, pixels: Tensor | None, count: Tensor | None) -> Tensor:
+def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none."""
     batch, height, width, channels = x.shape
-    where = _coordinates(_listed(pixels, count, batch * height * width), height, width)
+    where = _coordinates(_listed(pixels, length, batch * height * width), height, width)
     total = x.new_zeros(batch, channels).index_add_(0, where[0], x[where])
     counts = torch.bincount(where[0], minlength=batch).clamp_min(1)
     return total / counts[:, None]
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+def gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int],
+    offset: tuple[int, int],
+    size: tuple[int, int],
+) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
-    return (x[:, :: stride[0], :: stride[1]] @ weight + bias >= 0)[:, None]
+    kept = x[:, offset[0] :: stride[0], offset[1] :: stride[1]][:, : size[0], : size[1]]
+    return (kept @ weight + bias >= 0)[:, None]
 
 
 def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -98,14 +104,14 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
     return soft_needed_inputs((mask != 0).float(), Window(*pairs), size) > 0
 
 
-def _listed(pixels: Tensor | None, count: Tensor | None, dense: int) -> Tensor:
+def _listed(pixels: Tensor | None, length: Tensor | None, dense: int) -> Tensor:
     if pixels is None:
         return torch.arange(dense)
-    length = pixels.numel() if count is None else int(count)
-    listed = pixels[: max(length, 0)].long()
+    valid = pixels.numel() if length is None else int(length)
+    listed = pixels[: max(valid, 0)].long()
     wrong = bool(((listed < 0) | (listed >= dense)).any())
-    if wrong or not 0 <= length <= pixels.numel():
-        raise bad_list(pixels, count, dense)
+    if wrong or not 0 <= valid <= pixels.numel():
+        raise bad_list(pixels, length, dense)
     return listed
 
 

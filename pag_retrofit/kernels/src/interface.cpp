@@ -264,7 +264,7 @@ int pag_mean(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
   if (count < 0) return (int)-count;
-  char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * call->batch));
+  char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * (call->batch + 1)));
   if (!memory) return PAG_NO_MEMORY;
   int64_t* counts = reinterpret_cast<int64_t*>(memory);
   std::fill_n(counts, call->batch, call->list.pixels ? 0 : (int64_t)call->pixels);

@@ -65,9 +65,9 @@ struct pag_rows {
   float epsilon;
 };
 
-// mask[pixel] = weight . in[strided pixel] + bias >= 0
+// mask[pixel] = weight . in[offset + stride * pixel] + bias >= 0
 struct pag_gate {
-  int32_t batch, height, width, out_height, out_width, channels, stride[2];
+  int32_t batch, height, width, out_height, out_width, channels, stride[2], offset[2];
   const float* in;
   int64_t in_stride;
   const float* weight;  // (channels)

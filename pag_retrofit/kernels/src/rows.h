@@ -103,8 +103,8 @@ void mean(const pag_rows* call, int64_t count, const int64_t* counts, int32_t ch
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
   for (int64_t pixel = begin; pixel < end; pixel++) {
     const int64_t line = pixel / call->out_width, image = line / call->out_height;
-    const int64_t y = (line - image * call->out_height) * call->stride[0];
-    const int64_t x = (pixel - line * call->out_width) * call->stride[1];
+    const int64_t y = (line - image * call->out_height) * call->stride[0] + call->offset[0];
+    const int64_t x = (pixel - line * call->out_width) * call->stride[1] + call->offset[1];
     const float* in = call->in + ((image * call->height + y) * call->width + x) * call->in_stride;
     call->mask[pixel] = product(in, 0, call->weight, call->channels) + *call->bias >= 0;
   }
