@@ -195,10 +195,7 @@ def gate(
 
 
 def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices where a mask is, or is not, zero, and how many they are.
-
-    What lies behind the valid entries of the list is not defined.
-    """
+    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
     mask = _bytes(mask)
     pixels = torch.empty(mask.numel(), dtype=torch.int32)
     found = library().pag_list_pixels(mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr())

@@ -213,7 +213,7 @@ def gate_mask(
     """
     if size is None:
         height, width = (
-            (n - 1 - o) // s + 1 for n, o, s in zip(x.shape[1:3], offset, stride, strict=True)
+            -(-(n - o) // max(s, 1)) for n, o, s in zip(x.shape[1:3], offset, stride, strict=True)
         )
         size = (height, width)
     result: Tensor = _OPS.gate(x, weight, bias, list(stride), list(offset), list(size))

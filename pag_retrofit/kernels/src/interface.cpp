@@ -135,7 +135,7 @@ bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
 int64_t check_list(const pag_list& list, int64_t pixels) {
   const int64_t count = list.count ? *list.count : list.capacity;
   if (count < 0 || count > list.capacity) return -PAG_BAD_COUNT;
-  if (!list.pixels) return count == pixels ? count : -PAG_BAD_COUNT;
+  if (!list.pixels && list.capacity) return count == pixels ? count : -PAG_BAD_COUNT;
   bool outside = false;
   for (int64_t i = 0; i < count; i++) outside |= (uint32_t)list.pixels[i] >= (uint32_t)pixels;
   return outside ? -PAG_BAD_INDEX : count;
@@ -264,7 +264,8 @@ int pag_mean(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
   if (count < 0) return (int)-count;
-  char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * (call->batch + 1)));
+  if (!call->batch) return PAG_OK;
+  char* memory = thread_scratch.at_least(whole_lines(sizeof(int64_t) * call->batch));
   if (!memory) return PAG_NO_MEMORY;
   int64_t* counts = reinterpret_cast<int64_t*>(memory);
   std::fill_n(counts, call->batch, call->list.pixels ? 0 : (int64_t)call->pixels);
@@ -296,6 +297,7 @@ int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t
     list[count] = (int32_t)i;  // never behind the end: count <= i
     count += (mask[i] != 0) == (wanted != 0);
   }
+  memset(list + count, 0, sizeof(int32_t) * (pixels - count));
   return count;
 }
 

@@ -27,7 +27,7 @@ struct pag_source {
 };
 
 struct pag_list {
-  const int32_t* pixels;  // null: every pixel
+  const int32_t* pixels;  // null: every pixel (or, with no capacity, none)
   const int32_t* count;   // how many are valid; null: all
   int64_t capacity;       // how many there are; without a list, all pixels of the output
 };
@@ -90,7 +90,7 @@ PAG_EXPORT int pag_convolve(const pag_convolution* call, int threads);
 PAG_EXPORT int pag_layer_norm(const pag_rows* call, int threads);
 PAG_EXPORT int pag_mean(const pag_rows* call, int threads);
 PAG_EXPORT int pag_decide(const pag_gate* call, int threads);
-// Indices where (mask != 0) == wanted, ascending; returns how many.
+// Indices where (mask != 0) == wanted, ascending, then zeros; returns how many were found.
 PAG_EXPORT int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list);
 // Input pixels that a window operation reads for the output pixels of a mask.
 PAG_EXPORT void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height,

@@ -1,0 +1,778 @@
+"""The native kernels against their plain torch twins and against torch's dense operations."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pag_retrofit import functional as pf
+from pag_retrofit import kernels
+from pag_retrofit.errors import PagError
+from pag_retrofit.functional import Window
+from pag_retrofit.kernels import native, operators, reference
+from pag_retrofit.kernels.arguments import ConvolutionArguments
+from pag_retrofit.kernels.packing import pack_weight, packed_size, unpack_weight
+
+OPS = torch.ops.pag_retrofit
+UNTOUCHED = -12345.0
+MASKS = ("all", "none", "single", "border", "checkerboard", "random", "list")
+
+
+def _has_library() -> bool:
+    try:
+        native.library()
+    except PagError:
+        return False
+    return True
+
+
+needs_library = pytest.mark.skipif(not _has_library(), reason="the kernels were not compiled")
+
+
+IMPLEMENTATIONS = ("reference", *native.INSTRUCTION_SETS)
+
+
+@contextmanager
+def using(name: str) -> Iterator[ModuleType]:
+    """Plain torch, or the native kernels with one instruction set."""
+    if name == "reference":
+        yield reference
+        return
+    if not _has_library():
+        pytest.skip("the kernels were not compiled")
+    best = kernels.instruction_set()
+    try:
+        kernels.use_instruction_set(name)
+    except PagError:
+        pytest.skip(f"this processor has no {name}")
+    assert kernels.instruction_set() == name
+    yield native
+    kernels.use_instruction_set(best)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def twin(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with using(request.param) as module:
+        yield module
+
+
+def mask_of(pattern: str, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """A bool mask (B, 1, h, w)."""
+    batch, height, width = shape
+    mask = torch.zeros(batch, 1, height, width, dtype=torch.bool)
+    if pattern == "all":
+        return ~mask
+    if pattern == "single":
+        mask.view(-1)[seed % mask.numel()] = True
+    elif pattern == "border":
+        mask[:] = True
+        mask[:, :, 1:-1, 1:-1] = False
+    elif pattern == "checkerboard":
+        mask[:, :, ::2, ::2] = True
+        mask[:, :, 1::2, 1::2] = True
+    elif pattern != "none":
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(mask.shape, generator=generator) < 0.4
+    return mask
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution with everything around it."""
+
+    channels: tuple[int, ...] = (5,)  # of each source
+    upsampling: tuple[int, ...] = (1,)
+    out_channels: int = 7
+    groups: int = 1
+    size: tuple[int, int] = (6, 7)
+    window: Window = field(default=Window((3, 3), (1, 1), (1, 1), (1, 1)))
+    batch: int = 2
+    bias: bool = True
+    activation: str = "none"
+    residual: str = "none"  # or "before", "after", "in place", "in place after"
+    scale: bool = False
+    input_scale: bool = False
+    wider: int = 0  # channels of the buffers beside those in use
+    mask: str = "random"
+    seed: int = 0
+
+    def out_size(self) -> tuple[int, int]:
+        spans = [
+            n + 2 * p - (k - 1) * d - 1
+            for n, k, d, p in zip(
+                self.size,
+                self.window.kernel,
+                self.window.dilation,
+                self.window.padding,
+                strict=True,
+            )
+        ]
+        height, width = (max(n // s + 1, 1) for n, s in zip(spans, self.window.stride, strict=True))
+        return height, width
+
+    def weight(self) -> Tensor:
+        own = sum(self.channels) // self.groups
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        weight = torch.randn(self.out_channels, own, *self.window.kernel, generator=generator)
+        return weight / math.sqrt(weight[0].numel())
+
+    def arguments(self) -> ConvolutionArguments:
+        generator = torch.Generator().manual_seed(self.seed)
+        height, width = self.out_size()
+
+        def made(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        def buffer(height: int, width: int, channels: int) -> Tensor:
+            whole = made(self.batch, height, width, channels + self.wider)
+            return whole[..., self.wider // 2 : self.wider // 2 + channels]
+
+        sources = [
+            buffer(-(-self.size[0] // factor), -(-self.size[1] // factor), channels)
+            for channels, factor in zip(self.channels, self.upsampling, strict=True)
+        ]
+        in_place = self.residual.startswith("in place")
+        out = buffer(height, width, self.out_channels)
+        if not in_place:
+            out.fill_(UNTOUCHED)
+        residual = None
+        if self.residual in ("before", "after"):
+            residual = buffer(height, width, self.out_channels)
+        pixels, length = None, None
+        if self.mask != "all":
+            mask = mask_of(self.mask, (self.batch, height, width), self.seed)
+            pixels, length = reference.list_pixels(mask, True)
+            if self.mask == "list":  # in any order, every entry valid
+                pixels = pixels[: int(length)][torch.randperm(int(length), generator=generator)]
+                length = None
+        return ConvolutionArguments(
+            out, sources, pack_weight(self.weight(), self.groups),
+            made(self.out_channels) if self.bias else None, pixels, length,
+            [n for pair in self.window for n in pair], list(self.size),
+            self.groups, list(self.upsampling), self.activation, 0.1,
+            made(self.batch, self.out_channels) if self.scale else None,
+            made(self.batch, sum(self.channels)) if self.input_scale else None,
+            residual,
+            in_place, "after" in self.residual,
+        )  # fmt: skip
+
+    def dense(self, a: ConvolutionArguments) -> Tensor:
+        """What torch computes, in float64, (B, h, w, C')."""
+        maps = []
+        for source, factor in zip(a.sources, self.upsampling, strict=True):
+            larger = source.double().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            maps.append(larger[:, : self.size[0], : self.size[1]])
+        x = torch.cat(maps, 3).permute(0, 3, 1, 2)
+        if a.input_scale is not None:
+            x = x * a.input_scale[:, :, None, None]
+        _, stride, dilation, (top, left) = self.window
+        x = F.pad(x, (left, 32, top, 32))  # what is too much is cut below
+        y = F.conv2d(x, self.weight().double(), None, stride, 0, dilation, self.groups)
+        y = y[:, :, : a.out.shape[1], : a.out.shape[2]].permute(0, 2, 3, 1)
+        y = y if a.bias is None else y + a.bias
+        y = y if a.scale is None else y * a.scale[:, None, None]
+        added = a.out if a.accumulate else a.residual
+        if added is not None and not a.residual_after:
+            y = y + added
+        y = activated(y, self.activation)
+        return y + added if added is not None and a.residual_after else y
+
+
+def activated(x: Tensor, name: str) -> Tensor:
+    """Activations by torch's modules."""
+    modules = {
+        "none": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6(), "silu": nn.SiLU(),
+        "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "hardswish": nn.Hardswish(),
+        "hardsigmoid": nn.Hardsigmoid(), "sigmoid": nn.Sigmoid(), "leaky_relu": nn.LeakyReLU(0.1),
+    }  # fmt: skip
+    return modules[name](x)
+
+
+def check(case: Case, module: ModuleType) -> None:
+    """The module's result at listed pixels is torch's; all others are as they were."""
+    a = case.arguments()
+    operators.check_convolution(a)
+    expected, before, buffer = case.dense(a), a.out.clone(), a.out._base
+    beside = None if buffer is None else buffer.clone()
+    module.convolution(a)
+    listed = torch.ones(a.out.shape[:3], dtype=torch.bool)
+    if a.pixels is not None:
+        valid = a.pixels if a.length is None else a.pixels[: int(a.length)]
+        listed = torch.zeros(listed.shape, dtype=torch.bool)
+        listed.view(-1)[valid.long()] = True
+    magnitude = max(expected.abs().max().item(), 1.0)
+    torch.testing.assert_close(
+        a.out[listed].double(), expected[listed], rtol=1e-4, atol=1e-5 * magnitude
+    )
+    assert torch.equal(a.out[~listed], before[~listed])
+    if case.wider:
+        assert beside is not None and buffer is not None
+        half = case.wider // 2
+        assert torch.equal(buffer[..., :half], beside[..., :half])
+        assert torch.equal(
+            buffer[..., half + case.out_channels :], beside[..., half + case.out_channels :]
+        )
+
+
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Window:
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    padding = draw(st.tuples(st.integers(-1, 4), st.integers(-1, 4)))
+    return Window(kernel, draw(PAIRS), draw(PAIRS), padding)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Ungrouped convolutions of one to three sources, grouped and depthwise ones."""
+    kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "depthwise"]))
+    channels: tuple[int, ...] = (draw(st.sampled_from([1, 3, 8, 9, 16, 33, 64])),)
+    upsampling: tuple[int, ...] = (draw(st.sampled_from([1, 1, 1, 2])),)
+    groups, out_channels = 1, draw(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 40, 65, 96]))
+    if kind == "sources":
+        channels = draw(st.lists(st.integers(1, 20), min_size=2, max_size=4).map(tuple))
+        upsampling = tuple(draw(st.sampled_from([1, 1, 2, 4])) for _ in channels)
+    elif kind == "grouped":
+        groups = draw(st.integers(2, 7))
+        channels = (groups * draw(st.sampled_from([1, 2, 4, 8, 17])),)
+        out_channels = groups * draw(st.sampled_from([1, 2, 3, 4, 8, 16, 20, 33]))
+    elif kind == "depthwise":
+        groups = out_channels = draw(st.sampled_from([2, 3, 15, 16, 31, 64, 70, 144]))
+        channels = (groups,)
+    return Case(
+        channels=channels,
+        upsampling=upsampling,
+        out_channels=out_channels,
+        groups=groups,
+        size=draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
+        window=draw(windows()),
+        batch=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+        activation=draw(st.sampled_from(["none", "relu", *kernels.ACTIVATIONS])),
+        residual=draw(
+            st.sampled_from(["none", "none", "before", "after", "in place", "in place after"])
+        ),
+        scale=draw(st.booleans()),
+        input_scale=groups == 1 and draw(st.booleans()),
+        wider=draw(st.sampled_from([0, 0, 3, 16])),
+        mask=draw(st.sampled_from(MASKS)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+class TestConvolution:
+    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    @settings(max_examples=150)
+    @given(case=cases())
+    def test_agrees_with_torch(self, name: str, case: Case) -> None:
+        with using(name) as module:
+            check(case, module)
+
+    @pytest.mark.parametrize("kernel", [1, 3])
+    @pytest.mark.parametrize("pixels", [*range(1, 17), 27, 28, 29])
+    def test_every_size_of_the_last_tile(self, twin: ModuleType, pixels: int, kernel: int) -> None:
+        same = Window((kernel, kernel), (1, 1), (1, 1), (kernel // 2, kernel // 2))
+        for out_channels in (16, 32, 48):
+            check(Case((16,), out_channels=out_channels, size=(1, pixels), window=same), twin)
+            check(
+                Case((16,), out_channels=out_channels, size=(1, pixels), window=same, mask="all"),
+                twin,
+            )
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("channels, out_channels", [(64, 64), (100, 130), (16, 256)])
+    def test_larger_maps(
+        self, twin: ModuleType, channels: int, out_channels: int, mask: str
+    ) -> None:
+        check(Case((channels,), out_channels=out_channels, size=(17, 23), mask=mask), twin)
+
+    def test_weights_larger_than_the_cache(self, twin: ModuleType) -> None:
+        check(
+            Case((1024,), out_channels=320, size=(5, 5), window=Window((3, 3), *[(1, 1)] * 3)), twin
+        )
+
+    @pytest.mark.parametrize("kernel", [3, 5, 7])
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_depthwise(self, twin: ModuleType, kernel: int, stride: int) -> None:
+        window = Window((kernel, kernel), (stride, stride), (1, 1), (kernel // 2, kernel // 2))
+        case = Case((96,), out_channels=96, groups=96, size=(19, 21), window=window)
+        check(case, twin)
+        check(replace(case, mask="all", activation="relu6"), twin)
+
+    @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3)])
+    @pytest.mark.parametrize("own", [4, 8, 16, 64])
+    def test_grouped(self, twin: ModuleType, own: int, stride: tuple[int, int]) -> None:
+        window = Window((3, 3), stride, (1, 1), (1, 1))
+        check(Case((8 * own,), out_channels=8 * own, groups=8, size=(9, 11), window=window), twin)
+
+    def test_upsampled_and_concatenated_input(self, twin: ModuleType) -> None:
+        case = Case((48, 24), (2, 1), out_channels=40, size=(12, 14), activation="relu")
+        for mask in ("all", "random"):
+            check(replace(case, mask=mask), twin)
+
+    def test_a_map_larger_than_the_input_is_cut(self, twin: ModuleType) -> None:
+        # An odd encoder map beside an upsampled one: 2 * 4 = 8 rows for an input of 7.
+        check(Case((6, 10), (2, 1), size=(7, 5)), twin)
+
+    @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+    def test_activations_over_their_range(self, twin: ModuleType, activation: str) -> None:
+        x = torch.cat([torch.linspace(-30, 30, 3001), torch.tensor([-1e4, -100, 0, 100, 1e4])])
+        x = x.reshape(1, 1, -1, 1)
+        out = torch.empty_like(x)
+        layer = pointwise(torch.ones(1, 1), activation=activation, slope=0.1)
+        with_module(twin, lambda: layer(out, x))
+        expected = activated(x.double(), activation).float()
+        torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6)
+        x[0, 0, 0] = math.nan
+        with_module(twin, lambda: layer(out, x))
+        assert out[0, 0, 0].isnan() and not out[0, 0, 1:].isnan().any()
+
+    @needs_library
+    def test_several_threads_change_nothing(self) -> None:
+        case = Case((64,), out_channels=96, size=(31, 29), activation="silu", residual="after")
+        grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
+        few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
+        for each in (case, grouped, few):
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                a = each.arguments()
+                native.convolution(a)
+                results.append(a.out)
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+    @needs_library
+    def test_threads_of_its_own(self) -> None:
+        library = native.library()
+        library.pag_use_openmp(None)
+        try:
+            torch.set_num_threads(2)
+            check(Case((64,), out_channels=96, size=(31, 29)), native)
+        finally:
+            native.library.cache_clear()
+            native.library()  # finds torch's OpenMP runtime again
+
+    def test_several_python_threads_at_once(self, twin: ModuleType) -> None:
+        torch.set_num_threads(2)
+        many = [
+            Case((64,), out_channels=40, size=(15, 13), seed=1),
+            Case((3,), out_channels=32, size=(33, 35), seed=2),
+            Case((40,), out_channels=40, groups=40, size=(33, 35), seed=3),
+            Case((8, 300), (2, 1), out_channels=24, size=(9, 9), seed=4),
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in pool.map(lambda case: check(case, twin), many * 6):
+                pass
+
+
+def pointwise(weight: Tensor, **options: Any) -> kernels.PerforatedConvolution:
+    """A linear layer."""
+    one = Window((1, 1), (1, 1), (1, 1), (0, 0))
+    return kernels.PerforatedConvolution(weight[:, :, None, None], None, window=one, **options)
+
+
+def with_module(module: ModuleType, function: Callable[[], object]) -> None:
+    """Call a function while the operators run on `module`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "backend", lambda: module)
+        function()
+
+
+class TestRows:
+    @pytest.mark.parametrize("channels", [1, 7, 16, 63, 96, 768])
+    @pytest.mark.parametrize("mask", ["all", "none", "random"])
+    def test_layer_norm(self, twin: ModuleType, channels: int, mask: str) -> None:
+        x = torch.randn(2, 5, 6, channels + 3)[..., 2 : 2 + channels] + 3
+        weight, bias = torch.randn(2, channels)
+        open_ = mask_of(mask, (2, 5, 6), 0)
+        listed = None if mask == "all" else reference.list_pixels(open_, True)
+        expected = torch.where(
+            open_[:, 0, :, :, None], F.layer_norm(x, (channels,), weight, bias, 1e-5), x
+        )
+        out = x.clone()
+        twin.layer_norm(out, x, *(listed or (None, None)), weight, bias, 1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        twin.layer_norm(x, x, *(listed or (None, None)), weight, bias, 1e-5)
+        assert torch.equal(x, out)
+
+    @pytest.mark.parametrize("channels", [1, 16, 63, 64, 300])
+    def test_masked_mean(self, twin: ModuleType, channels: int) -> None:
+        x = torch.randn(3, 40, 41, channels + 3)[..., 2 : 2 + channels] + 1
+        mask = torch.rand(3, 1, 40, 41) < 0.6
+        mask[1] = False
+        kept = x * mask[:, 0, :, :, None]
+        expected = kept.double().sum((1, 2)) / mask.sum((1, 2, 3)).clamp_min(1)[:, None]
+        mean = twin.masked_mean(x, *reference.list_pixels(mask, True))
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6)
+        mean = twin.masked_mean(x, None, None)
+        torch.testing.assert_close(mean.double(), x.double().mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("channels", [1, 15, 16, 64, 200])
+    @pytest.mark.parametrize(
+        "stride, offset", [((1, 1), (0, 0)), ((2, 2), (0, 0)), ((2, 3), (1, 2))]
+    )
+    def test_gate_mask(
+        self, twin: ModuleType, channels: int, stride: tuple[int, int], offset: tuple[int, int]
+    ) -> None:
+        x = torch.randn(2, 9, 11, channels + 4)[..., 1 : 1 + channels]
+        weight, bias = torch.randn(channels), torch.tensor([0.3])
+        kept = x[:, offset[0] :: stride[0], offset[1] :: stride[1]]
+        logits = kept.double() @ weight.double() + 0.3
+        masks: list[Tensor] = []
+        with_module(
+            twin,
+            lambda: masks.append(kernels.gate_mask(x, weight, bias, stride=stride, offset=offset)),
+        )
+        sure = logits.abs() > 1e-4
+        assert masks[0].dtype is torch.bool and masks[0].shape == (2, 1, *logits.shape[1:])
+        assert torch.equal(masks[0][:, 0][sure], (logits >= 0)[sure])
+        assert sure.float().mean() > 0.9
+
+    def test_gate_is_open_at_zero(self, twin: ModuleType) -> None:
+        x, nothing = torch.randn(1, 3, 3, 5), torch.zeros(5)
+        mask = twin.gate(x, nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3))
+        assert mask.all()
+
+    def test_several_threads_change_nothing(self, twin: ModuleType) -> None:
+        x = torch.randn(2, 64, 64, 96)
+        mask = torch.rand(2, 1, 64, 64) < 0.5
+        pixels, length = reference.list_pixels(mask, True)
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = torch.zeros_like(x)
+            twin.layer_norm(out, x, pixels, length, None, None, 1e-6)
+            gate = twin.gate(x, torch.ones(96), torch.zeros(1), (1, 1), (0, 0), (64, 64))
+            results.append((out, twin.masked_mean(x, pixels, length), gate))
+        if twin is native:
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class TestLists:
+    @given(
+        shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+        wanted=st.booleans(),
+        pattern=st.sampled_from(MASKS),
+        dtype=st.sampled_from([torch.bool, torch.float32, torch.uint8]),
+    )
+    def test_list_pixels(
+        self, shape: tuple[int, int, int], wanted: bool, pattern: str, dtype: torch.dtype
+    ) -> None:
+        mask = mask_of(pattern, shape, 0)
+        expected = (mask.flatten() == wanted).nonzero()[:, 0]
+        for module in (reference, operators.backend()):
+            pixels, length = module.list_pixels(mask.to(dtype), wanted)
+            assert pixels.dtype is length.dtype is torch.int32
+            assert pixels.numel() == mask.numel() and int(length) == expected.numel()
+            assert torch.equal(pixels[: int(length)].long(), expected)
+            assert not pixels[int(length) :].any()
+
+    @given(
+        window=windows(),
+        size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        batch=st.integers(1, 2),
+        pattern=st.sampled_from(MASKS),
+    )
+    def test_needed_inputs(
+        self, window: Window, size: tuple[int, int], batch: int, pattern: str
+    ) -> None:
+        case = Case(size=size, window=window)
+        mask = mask_of(pattern, (batch, *case.out_size()), 0)
+        needed = torch.zeros(batch, 1, *size, dtype=torch.bool)
+        for b, _, i, j in mask.nonzero().tolist():
+            for tap in range(math.prod(window.kernel)):
+                y = i * window.stride[0] - window.padding[0]
+                y += tap // window.kernel[1] * window.dilation[0]
+                x = j * window.stride[1] - window.padding[1]
+                x += tap % window.kernel[1] * window.dilation[1]
+                if 0 <= y < size[0] and 0 <= x < size[1]:
+                    needed[b, 0, y, x] = True
+        assert torch.equal(kernels.needed_inputs(mask, window, size), needed)
+        flat = tuple(n for pair in window for n in pair)
+        assert torch.equal(reference.needed_inputs(mask, flat, size), needed)
+
+    @given(
+        entries=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 41), max_size=40),
+        length=st.none() | st.integers(-(2**31), 2**31 - 1) | st.integers(-1, 41),
+        kind=st.sampled_from(["plain", "depthwise"]),
+    )
+    def test_bad_lists_are_refused_before_anything_is_written(
+        self, entries: list[int], length: int | None, kind: str
+    ) -> None:
+        case = Case((6,), out_channels=6, groups=6 if kind == "depthwise" else 1, size=(4, 5))
+        a = case.arguments()
+        pixels = torch.tensor(entries, dtype=torch.int32)
+        count = None if length is None else torch.tensor([length], dtype=torch.int32)
+        a = a._replace(pixels=pixels, length=count)
+        valid = len(entries) if length is None else length
+        fine = 0 <= valid <= len(entries) and all(0 <= i < 40 for i in entries[:valid])
+        x = a.sources[0]
+        for module in (reference, operators.backend()):
+            calls: list[Callable[[], object]] = [
+                lambda module=module: module.convolution(a),
+                lambda module=module: module.layer_norm(a.out, x, pixels, count, None, None, 1e-6),
+                lambda module=module: module.masked_mean(x, pixels, count),
+            ]
+            for call in calls:
+                if fine:
+                    call()
+                    continue
+                a.out.fill_(UNTOUCHED)
+                with pytest.raises(PagError, match="expected"):
+                    call()
+                assert (a.out == UNTOUCHED).all()
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda a: {"out": a.out.double()}, "out is torch.float64"),
+            (lambda a: {"out": a.out.transpose(1, 2)}, "strides"),
+            (lambda a: {"out": a.out.expand(2, -1, -1, -1)}, "strides"),
+            (lambda a: {"out": a.out[:, :, :-1]}, "strides"),
+            (lambda a: {"out": a.out[..., :0]}, "neither of them 0"),
+            (lambda a: {"sources": []}, "0 sources"),
+            (lambda a: {"sources": [*a.sources] * 5, "upsampling": [1] * 5}, "5 sources"),
+            (lambda a: {"upsampling": [1, 1]}, "2 upsampling factors"),
+            (lambda a: {"upsampling": [3]}, "power of two"),
+            (lambda a: {"upsampling": [0]}, "power of two"),
+            (lambda a: {"size": [7, 7]}, "does not cover"),
+            (lambda a: {"sources": [a.sources[0].repeat(2, 1, 1, 1)]}, "does not cover"),
+            (lambda a: {"weights": a.weights[:-1]}, "weights is"),
+            (lambda a: {"weights": a.weights.half()}, "weights is"),
+            (lambda a: {"bias": a.bias[:-1]}, "bias is"),
+            (lambda a: {"scale": torch.ones(3, 7)}, "scale is"),
+            (lambda a: {"input_scale": torch.ones(1, 7)}, "input_scale is"),
+            (lambda a: {"groups": 2}, "groups=2"),
+            (lambda a: {"groups": 0}, "groups=0"),
+            (lambda a: {"activation": "tanh"}, "activation='tanh'"),
+            (lambda a: {"window": [3, 3, 0, 1, 1, 1, 1, 1]}, "window="),
+            (lambda a: {"window": [3, 3, 1, 1, 1, 1, 2**30, 1]}, "window="),
+            (lambda a: {"window": [3, 3, 1, 1, 2**24, 1, 1, 1]}, "window="),
+            (lambda a: {"window": [3, 3]}, "window="),
+            (lambda a: {"pixels": a.pixels.long()}, "pixels is torch.int64"),
+            (lambda a: {"pixels": a.pixels[::2]}, "pixels is"),
+            (lambda a: {"length": a.length.expand(2)}, "length is"),
+            (lambda a: {"length": a.pixels}, "length has"),
+            (lambda a: {"pixels": None}, "length has"),
+            (lambda a: {"residual": torch.ones(1, 6, 7, 6)}, "residual"),
+            (lambda a: {"residual": torch.ones_like(a.out), "accumulate": True}, "residual"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(
+        self, change: Callable[[ConvolutionArguments], dict[str, Any]], message: str
+    ) -> None:
+        a = Case(batch=1).arguments()
+        changed = a._replace(**change(a))
+        before = a.out.clone()
+        with pytest.raises(PagError, match=message):
+            OPS.convolution(*changed)
+        assert torch.equal(a.out, before)
+
+    def test_groups_take_one_source_unscaled(self) -> None:
+        a = Case((4,), out_channels=4, groups=2, batch=1).arguments()
+        with pytest.raises(PagError, match="concatenate"):
+            OPS.convolution(*a._replace(input_scale=torch.ones(1, 4)))
+
+    @pytest.mark.parametrize(
+        "call, message",
+        [
+            (lambda x: kernels.layer_norm(x[..., :3], x), "expected the shape of x"),
+            (lambda x: kernels.layer_norm(x, x, weight=torch.ones(3)), "weight is"),
+            (lambda x: kernels.masked_mean(x[0]), "x is"),
+            (lambda x: kernels.gate_mask(x, torch.ones(3), torch.ones(1)), "weight is"),
+            (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), stride=(0, 1)), "stride"),
+            (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), size=(6, 6)), "inside x"),
+            (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), offset=(9, 0)), "offset"),
+            (lambda x: kernels.list_pixels(x), "mask is"),
+            (lambda x: pointwise(torch.ones(2, 2), activation="tanh"), "activation="),
+            (lambda x: kernels.needed_inputs(x[..., :1].mT, TINY, (0, 3)), "mask is|size="),
+            (lambda x: kernels.needed_inputs(torch.ones(1, 1, 2, 2), TINY, (0, 3)), "size="),
+        ],
+    )
+    def test_rows_too(self, call: Callable[[Tensor], object], message: str) -> None:
+        with pytest.raises(PagError, match=message):
+            call(torch.ones(1, 5, 6, 4))
+
+    def test_nothing_to_do(self, twin: ModuleType) -> None:
+        empty = torch.empty(0, 5, 6, 4)
+        layer = pointwise(torch.ones(4, 4))
+        with_module(twin, lambda: layer(torch.empty(0, 5, 6, 4), empty))
+        assert twin.masked_mean(empty, None, None).shape == (0, 4)
+        twin.layer_norm(empty, empty, None, None, None, None, 1e-6)
+        assert twin.gate(empty, torch.ones(4), torch.ones(1), (1, 1), (0, 0), (5, 6)).numel() == 0
+
+
+TINY = Window((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+@given(
+    out_channels=st.integers(1, 70), own=st.integers(1, 9), groups=st.integers(1, 9),
+    kernel=PAIRS,
+)  # fmt: skip
+def test_packing_keeps_every_weight(
+    out_channels: int, own: int, groups: int, kernel: tuple[int, int]
+) -> None:
+    weight = torch.randn(out_channels * groups, own, *kernel)
+    packed = pack_weight(weight, groups)
+    sizes = (out_channels * groups, own * groups, groups)
+    assert packed.shape == (packed_size(*sizes, math.prod(kernel)),)
+    assert torch.equal(unpack_weight(packed, *sizes, kernel), weight)
+
+
+class Block(nn.Module):
+    """A residual block at the pixels that a gate opens: the way a deployed network uses kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        first, second = (0.2 * torch.randn(12, 12, 3, 3, generator=generator) for _ in range(2))
+        self.first = kernels.PerforatedConvolution(
+            first, torch.ones(12), window=TINY, activation="relu"
+        )
+        self.second = kernels.PerforatedConvolution(second, None, window=TINY, activation="relu")
+        self.register_buffer("gate", torch.randn(12, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[1], x.shape[2])
+        mask = kernels.gate_mask(x, self.gate, x.new_zeros(1))
+        halo = kernels.list_pixels(kernels.needed_inputs(mask, TINY, size))
+        inner = self.first(self.first.new_output(x, size), x, halo)
+        return self.second(
+            x.relu(), inner, kernels.list_pixels(mask), epilogue=kernels.Epilogue(accumulate=True)
+        )
+
+    def dense(self, x: Tensor) -> Tensor:
+        image = x.permute(0, 3, 1, 2)
+        first, second = (
+            unpack_weight(layer.weights, 12, 12, 1, (3, 3)) for layer in (self.first, self.second)
+        )
+        inner = F.conv2d(image, first, self.first.bias, 1, 1).relu()
+        branch = F.conv2d(inner, second, None, 1, 1) * (x @ self.gate >= 0)[:, None]
+        return (image.relu() + branch).relu().permute(0, 2, 3, 1)
+
+
+class TestOperators:
+    def test_block(self, twin: ModuleType) -> None:
+        block, x = Block(), torch.randn(2, 7, 9, 12)
+        results: list[Tensor] = []
+        with_module(twin, lambda: results.append(block(x)))
+        torch.testing.assert_close(results[0], block.dense(x), rtol=1e-4, atol=1e-5)
+
+    def test_opcheck(self) -> None:
+        a = Case((3, 8), (2, 1), residual="before", scale=True, input_scale=True).arguments()
+        x, mask = torch.randn(2, 5, 6, 9), torch.rand(2, 1, 5, 6) < 0.5
+        listed = reference.list_pixels(mask, True)
+        weight, window = torch.randn(9), [3, 3, 1, 1, 1, 1, 1, 1]
+        calls: list[tuple[Any, tuple[Any, ...]]] = [
+            (OPS.convolution, tuple(a)),
+            (OPS.layer_norm, (torch.empty_like(x), x, None, None, weight, None, 1e-6)),
+            (OPS.masked_mean, (x, *listed)),
+            (OPS.gate, (x, weight, torch.ones(1), [2, 2], [1, 0], [2, 3])),
+            (OPS.list_pixels, (mask, True)),
+            (OPS.needed_inputs, (mask, window, [5, 6])),
+        ]
+        for operator, arguments in calls:
+            torch.library.opcheck(operator.default, arguments)
+
+    def test_compile_and_export(self) -> None:
+        block, x = Block().eval(), torch.randn(2, 7, 9, 12)
+        with torch.inference_mode():
+            expected = block(x)
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        exported = torch.export.export(block, (x,)).module()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), expected)
+            torch.testing.assert_close(exported(x), expected)
+
+    def test_coarse_bypass_is_a_depthwise_convolution(self) -> None:
+        # The grid of every second pixel, read through 2x upsampling and averaged over 2x2.
+        grid = torch.randn(2, 4, 5, 6)
+        whole = grid.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :7, :9]
+        expected = pf.coarse(whole.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        average = kernels.PerforatedConvolution(
+            torch.full((6, 1, 2, 2), 0.25), None, groups=6,
+            window=Window((2, 2), (1, 1), (1, 1), (0, 0)),
+        )  # fmt: skip
+        out = average(average.new_output(grid, (7, 9)), grid, upsampling=[2])
+        torch.testing.assert_close(out, expected)
+
+    def test_two_layers_fill_one_map(self) -> None:
+        # A concatenation costs nothing where each part is written in place.
+        x, whole = torch.randn(1, 4, 5, 8), torch.full((1, 4, 5, 7), UNTOUCHED)
+        first, second = pointwise(torch.randn(3, 8)), pointwise(torch.randn(4, 8))
+        first(whole[..., :3], x)
+        second(whole[..., 3:], x)
+        parts = [layer(layer.new_output(x, (4, 5)), x) for layer in (first, second)]
+        torch.testing.assert_close(whole, torch.cat(parts, 3))
+
+    def test_copies_and_saved_layers_compute_the_same(self) -> None:
+        layer = kernels.PerforatedConvolution(torch.randn(5, 4, 3, 3), torch.randn(5), window=TINY)
+        x = torch.randn(1, 6, 6, 4)
+        expected = layer(layer.new_output(x, (6, 6)), x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(other.new_output(x, (6, 6)), x), expected)
+        assert "4, 5" in repr(layer)
+
+
+class TestLibrary:
+    @pytest.fixture(autouse=True)
+    def _fresh(self) -> Iterator[None]:
+        native.library.cache_clear()
+        operators.backend.cache_clear()
+        yield
+        native.library.cache_clear()
+        operators.backend.cache_clear()
+
+    def test_without_a_library_plain_torch_runs_and_warns_once(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
+        monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+        layer, x = pointwise(torch.eye(3)), torch.randn(1, 2, 2, 3)
+        with pytest.warns(UserWarning, match="were not built"):
+            out = layer(layer.new_output(x, (2, 2)), x)
+        assert torch.equal(out, x)
+        layer(out, x)  # no second warning: it would be an error
+        assert kernels.backend() is reference
+        with pytest.raises(PagError, match="not built"):
+            kernels.instruction_set()
+
+    def test_a_broken_library_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "broken.so"
+        path.write_text("no library")
+        monkeypatch.setenv(native.LIBRARY_VARIABLE, str(path))
+        with pytest.raises(PagError, match=r"broken\.so cannot be loaded"):
+            native.library()
+
+    @needs_library
+    def test_instruction_set_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        best = kernels.instruction_set()
+        native.library.cache_clear()
+        monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, "portable")
+        assert kernels.instruction_set() == "portable"
+        kernels.use_instruction_set(best)
+        native.library.cache_clear()
+        monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, "sse9")
+        with pytest.raises(PagError, match="'sse9': expected one of"):
+            native.library()
