@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import BudgetError, NoSitesError, PagError
-from pag_retrofit.gates import GatedConv2d, PixelGate
-from pag_retrofit.rewriting import BlockRewriter, GatedBlock
+from pag_retrofit.gates import Gate, GatedConv2d, PixelGate
+from pag_retrofit.multipool import BranchSelector, MultiPoolConv2d, PoolSelector
+from pag_retrofit.pool_rewriting import PoolRewriter
+from pag_retrofit.pool_sites import collapsed, find_pools
+from pag_retrofit.rewriting import GatedBlock
 from pag_retrofit.sites import Findings, Site, find_sites
 from pag_retrofit.tracing import UntraceableError, example_tensor, export_network
 
@@ -56,25 +59,30 @@ class Plan:
     @property
     def gateable_share(self) -> float:
         """Fraction of the network's MACs inside sites."""
-        return sum(site.macs for site in self.sites) / self.total_macs
+        return sum(site.macs for site in self._outermost) / self.total_macs
+
+    @property
+    def _outermost(self) -> list[Site]:
+        """Sites whose MACs no other site counts."""
+        return [site for site in self.sites if not site.inside]
 
     @property
     def gate_share(self) -> float:
-        """MACs of all gates as a fraction of the network's."""
+        """MACs of all gates and selectors as a fraction of the network's."""
         gates = sum(site.cost.gate_macs_total(site.input_size) for site in self.sites)
         return gates / self.total_macs
 
     @property
     def floor(self) -> float:
-        """Smallest compute fraction: every pixel closed, gates and bypasses paid."""
-        closed = sum(site.cost.floor_macs(site.input_size) for site in self.sites)
+        """Smallest compute fraction: every pixel takes the cheapest way, gates are paid."""
+        closed = sum(site.cost.floor_macs(site.input_size) for site in self._outermost)
         return 1 - self.gateable_share + closed / self.total_macs
 
     @property
     def rho(self) -> float:
         """Open rate that would meet the budget if all gates had the same and masks no halo."""
-        open_all = 1 + self.gate_share
-        return min(1.0, (self.budget - self.floor) / (open_all - self.floor))
+        span = 1 + self.gate_share - self.floor
+        return min(1.0, max(0.0, self.budget - self.floor) / span) if span > 0 else 1.0
 
     def check_budget(self) -> None:
         """Refuse a budget that the network cannot reach.
@@ -91,7 +99,7 @@ class Plan:
                 f"{self.network} has nothing to gate ({reasons}). Expected residual branches or "
                 "convolutions larger than 1x1; print plan(...) for every layer and its reason"
             )
-        if self.budget < self.floor:
+        if self.budget < min(self.floor, 1.0):  # 1 asks for no saving, selectors may cost more
             raise BudgetError(
                 f"budget={self.budget}: {self.network} cannot go below its floor of "
                 f"{self.floor:.3f} of its MACs. {self._advice()}"
@@ -130,6 +138,7 @@ class Plan:
                     "share": site.macs / self.total_macs,
                     "halo": site.cost.halo,
                     "bypass": site.bypass,
+                    "inside": site.inside,
                     "rho": self.rho,
                     "layers": list(site.layers),
                 }
@@ -159,7 +168,8 @@ class Plan:
         for site in self.sites:
             share = f"{site.macs / self.total_macs:.1%}"
             halo = str(site.cost.halo)
-            table.add_row(site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, site.bypass)
+            bypass = f"{site.bypass}, counted in {site.inside}" if site.inside else site.bypass
+            table.add_row(site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, bypass)
         table.add_section()
         for reason, layers in _grouped(self.dense).items():
             macs = sum(layer.macs for layer in layers)
@@ -224,7 +234,11 @@ class Surgery:
         total = network.total_macs // example.shape[0]
         self.modules = dict(model.named_modules())
         self.replacements: dict[str, nn.Module] = {}
-        findings = find_sites(model, replace(network, total_macs=total), config)
+        self.gates: dict[str, Gate] = {}
+        network = replace(network, total_macs=total)
+        pools = find_pools(model, network, config)
+        findings = find_sites(model, network, config, pooled=pools.windows, covered=pools.covered)
+        pools.complete(findings)
         sites = self._rewrite(findings)
         dense = tuple(
             DenseLayer(name, layer.kind, layer.macs, findings.reasons[name])
@@ -252,17 +266,38 @@ class Surgery:
         kept: list[Site] = []
         blocks: dict[str, list[Site]] = defaultdict(list)
         for site in findings.sites:
-            if site.owner == site.name and site.kind == "conv":
-                conv = self.modules[site.name]
-                assert isinstance(conv, nn.Conv2d)
-                self.replacements[site.name] = GatedConv2d.from_conv(conv, self._gate(site))
+            if site.kind in ("conv", "multipool") and self._replace_convolution(site):
                 kept.append(site)
             else:
                 blocks[site.owner].append(site)
         for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):  # inner first
             kept += self._rewrite_block(path, sites, findings)
         order = {site.name: position for position, site in enumerate(findings.sites)}
+        names = {site.name for site in kept}
+        for position, site in enumerate(kept):
+            if site.inside not in names:  # the branch around it stays dense
+                kept[position] = replace(site, inside="")
+                self.gates[site.name].inside = ""
         return tuple(sorted(kept, key=lambda site: order[site.name]))
+
+    def _replace_convolution(self, site: Site) -> bool:
+        """Build the replacement of a convolution; tell whether its block can stay as it is."""
+        conv, alone = self.modules[site.name], site.owner == site.name
+        assert isinstance(conv, nn.Conv2d)
+        if site.kind == "multipool":
+            assert site.selector is not None and self.config.multipool is not None
+            factors = site.selector.factors
+            self.replacements[site.name] = MultiPoolConv2d.from_conv(
+                conv,
+                factors if alone else tuple(factor for factor in factors if factor),
+                shared=self.config.multipool.shared,
+                selector=self._gate(site) if alone else None,
+            )
+        elif alone:
+            gate = self._gate(site)
+            assert isinstance(gate, PixelGate)
+            self.replacements[site.name] = GatedConv2d.from_conv(conv, gate)
+        return alone
 
     def _rewrite_block(self, path: str, sites: list[Site], findings: Findings) -> list[Site]:
         try:
@@ -271,28 +306,52 @@ class Surgery:
                 for other in self.replacements
                 if other.startswith(f"{path}.")
             )
-            rewriter = BlockRewriter(self.modules[path], path, inner)
+            rewriter = PoolRewriter(self.modules[path], path, inner)
             for site in sites:
                 rewriter.insert(site, self._gate(site))
             self.replacements[path] = rewriter.finish()
         except UntraceableError as reason:
-            logger.info("%s stays dense: %s", path, reason)
-            for site in sites:
-                for layer in site.layers:
-                    findings.reasons[layer] = f"{path}: {reason}"
-            return []
+            return self._leave_dense(path, sites, findings, reason)
         return sites
 
-    def _gate(self, site: Site) -> PixelGate:
-        gate = PixelGate(
-            site.channels,
-            site.cost,
-            site=site.name,
-            initial_probability=self.config.gate.initial_probability,
-        )
+    def _leave_dense(
+        self, path: str, sites: list[Site], findings: Findings, reason: UntraceableError
+    ) -> list[Site]:
+        """Note why a block is not rewritten; return its sites that need no rewriting after all."""
+        kept = []
+        for site in sites:
+            if site.kind == "aspp":
+                raise PagError(f"multipool.aspp: {path} cannot be rewritten: {reason}") from reason
+            if site.kind == "multipool":
+                kept.append(collapsed(site))
+                self._replace_convolution(kept[-1])
+        logger.info("%s stays dense: %s", path, reason)
+        pooled = {site.name for site in kept}
+        for site in sites:
+            for layer in set(site.layers) - pooled:
+                findings.reasons[layer] = f"{path}: {reason}"
+        return kept
+
+    def _gate(self, site: Site) -> Gate:
+        probability = self.config.gate.initial_probability
+        gate: Gate
+        if site.selector is None:
+            gate = PixelGate(
+                site.channels, site.cost, site=site.name, initial_probability=probability
+            )
+        else:
+            kind = PoolSelector if site.kind == "multipool" else BranchSelector
+            gate = kind(
+                site.selector,
+                site.cost,
+                site=site.name,
+                inside=site.inside,
+                initial_probability=probability,
+            )
         like = next(self.modules[site.owner].parameters(), None)
         if like is not None and like.is_floating_point():
             gate.to(like.device, like.dtype)
+        self.gates[site.name] = gate
         return gate.train(self.modules[site.owner].training)
 
 
@@ -304,7 +363,7 @@ def _check_model(model: nn.Module, budget: float) -> None:
         )
     if not isinstance(model, nn.Module):
         raise PagError(f"model={model!r}: expected a torch.nn.Module")
-    if any(isinstance(m, PixelGate | GatedBlock) for m in model.modules()):
+    if any(isinstance(m, Gate | GatedBlock) for m in model.modules()):
         raise PagError(
             f"{type(model).__name__} is gated already: use set_budget() for another budget, or "
             "remove() before retrofitting it anew"

@@ -9,13 +9,15 @@ import fnmatch
 import itertools
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
 
 from pag_retrofit.config import RetrofitConfig
-from pag_retrofit.cost import GatedOperation, SiteCost
+from pag_retrofit.cost import GatedOperation, SelectorSpec, SiteCost
 from pag_retrofit.functional import Window
 from pag_retrofit.tracing import NetworkGraph, ancestors
 
@@ -46,7 +48,7 @@ class Site:
 
     Args:
         name: Path of the block (branch) or of the convolution.
-        kind: `"branch"` or `"conv"`.
+        kind: `"branch"`, `"conv"`, `"multipool"` or `"aspp"`.
         owner: Path of the module that is rewritten.
         bypass: What closed pixels get: `"shortcut"`, `"identity"` or `"collapsed"`.
         channels: Of the gate's input.
@@ -56,6 +58,9 @@ class Site:
         operand: Branch: which side of that addition it is.
         pools: Branch: how many global means inside it pool over gated pixels.
         layers: Branch: every convolution and linear layer inside, per-image ones included.
+        selector: MultiPool, ASPP: shape of the selector.
+        window: MultiPool: of the convolution.
+        inside: MultiPool: the branch site that it lies in and that counts its MACs, if one does.
     """
 
     name: str
@@ -69,6 +74,9 @@ class Site:
     operand: int = 0
     pools: int = 0
     layers: tuple[str, ...] = ()
+    selector: SelectorSpec | None = None
+    window: Window | None = None
+    inside: str = ""
 
     @property
     def macs(self) -> int:
@@ -94,12 +102,30 @@ class Findings:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def find_sites(model: nn.Module, network: NetworkGraph, config: RetrofitConfig) -> Findings:
+def find_sites(
+    model: nn.Module,
+    network: NetworkGraph,
+    config: RetrofitConfig,
+    *,
+    pooled: Mapping[str, Window] = MappingProxyType({}),
+    covered: Collection[str] = (),
+) -> Findings:
     """List every layer of a network, and the sites that a configuration asks for.
 
     A layer that no site covers has an entry in `reasons`.
+
+    Args:
+        model: The network.
+        network: Its graph.
+        config: What is gated and how.
+        pooled: MultiPool convolution -> window; such a one gets no site here, yet branches may
+            hold it.
+        covered: Layers that other sites hold.
     """
-    return _Finder(model, network, config).run()
+    finder = _Finder(model, network, config)
+    finder.pooled = pooled
+    finder.covered.update(covered)
+    return finder.run()
 
 
 def operator_name(node: Node) -> str:
@@ -120,6 +146,7 @@ class _Finder:
         self.layer_of: dict[Node, str] = {}
         self.calls: dict[str, int] = {}
         self.covered: set[str] = set()
+        self.pooled: Mapping[str, Window] = {}
         self.found = Findings()
 
     def run(self) -> Findings:
@@ -202,6 +229,10 @@ class _Finder:
         self._check_wanted(name)
         entry = self._entry(end, inside, add)
         analysis = _BranchAnalysis(self.network, set(inside), entry, end)
+        names = {node: self.layer_of.get(node, "") for node in inside}
+        analysis.choosing = {
+            node: self.pooled[name] for node, name in names.items() if name in self.pooled
+        }
         operations = analysis.run()
         for node in inside:
             layer = self.layer_of.get(node)
@@ -212,7 +243,7 @@ class _Finder:
         channels = self.network.value(entry).shape[1]
         cost = SiteCost(
             tuple(
-                GatedOperation(self.layer_of.get(node, node.name), _macs_per_pixel(node), paths)
+                GatedOperation(self.layer_of.get(node, node.name), macs_per_pixel(node), paths)
                 for node, paths in operations
             ),
             gate_macs=channels,
@@ -268,7 +299,7 @@ class _Finder:
     def _find_convolutions(self) -> None:
         for node in self.nodes:
             name = self.layer_of.get(node)
-            if name is None or name in self.covered:
+            if name is None or name in self.covered or name in self.pooled:
                 continue
             if operator_name(node) != "conv2d":
                 kind = operator_name(node).replace("_", " ")
@@ -297,14 +328,14 @@ class _Finder:
         if name in self.aliased:
             raise NotPixelLocalError("it has several names in the network")
         self._check_wanted(name)
-        _check_same(window, _padding_total(node))
-        owner = self._identity_owner(node)
+        check_same(window, padding_total(node))
+        owner = identity_owner(node, self.network, self.config, self.aliased)
         channels = self.network.value(node.args[0]).shape[1]
         taps = window.kernel[0] * window.kernel[1]
         cost = SiteCost(
-            (GatedOperation(name, _macs_per_pixel(node)),),
+            (GatedOperation(name, macs_per_pixel(node)),),
             gate_macs=channels,
-            bypass_macs=0 if owner else _macs_per_pixel(node) // taps,
+            bypass_macs=0 if owner else macs_per_pixel(node) // taps,
             stride=window.stride,
         )
         input_size = self._input_size(node.args[0])
@@ -319,23 +350,6 @@ class _Finder:
             input_size=input_size,
             layers=(name,),
         )
-
-    def _identity_owner(self, conv: Node) -> str:
-        """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
-        wanted = self.config.bypass
-        if wanted == "collapsed" or (wanted == "auto" and self.config.scope == "branch"):
-            return ""
-        if self.network.value(conv).shape[1] != self.network.value(conv.args[0]).shape[1]:
-            return ""
-        paths = [self.network.owner(conv)]
-        node = conv
-        while len(node.users) == 1:
-            node = next(iter(node.users))
-            if operator_name(node) not in ACTIVATIONS | {"batch_norm"}:
-                break
-            paths.append(self.network.owner(node))
-        owner = _common_parent(paths)
-        return "" if owner in self.aliased else owner
 
     # --- checks and counts ----------------------------------------------------------------
 
@@ -356,6 +370,26 @@ class _Finder:
         return int(shape[2]), int(shape[3])
 
 
+def identity_owner(
+    conv: Node, network: NetworkGraph, config: RetrofitConfig, aliased: Collection[str]
+) -> str:
+    """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
+    wanted = config.bypass
+    if wanted == "collapsed" or (wanted == "auto" and config.scope == "branch"):
+        return ""
+    if network.value(conv).shape[1] != network.value(conv.args[0]).shape[1]:
+        return ""
+    paths = [network.owner(conv)]
+    node = conv
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if operator_name(node) not in ACTIVATIONS | {"batch_norm"}:
+            break
+        paths.append(network.owner(node))
+    owner = _common_parent(paths)
+    return "" if owner in aliased else owner
+
+
 class _BranchAnalysis:
     """Walks a branch to learn which pixels of each operation an output mask needs.
 
@@ -372,6 +406,7 @@ class _BranchAnalysis:
         self.strides: dict[Node, tuple[int, int]] = {entry: (1, 1)}
         self.per_image: set[Node] = set()
         self.pooled: list[Node] = []
+        self.choosing: Mapping[Node, Window] = {}
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -432,7 +467,7 @@ class _BranchAnalysis:
             return axes, stride  # counted as padding of the convolution that reads it
         if name in CONVOLUTIONS and axes == "BCHW":
             window = conv_window(node)
-            _check_same(window, _padding_total(node))
+            check_same(window, padding_total(node))
             return axes, (stride[0] * window.stride[0], stride[1] * window.stride[1])
         raise NotPixelLocalError(f"it uses {name or node.name}, not known to be pixel-local")
 
@@ -458,7 +493,7 @@ class _BranchAnalysis:
         for node in reversed(spatial):
             if not paths[node]:
                 raise NotPixelLocalError(f"nothing but a global mean reads {node.name}")
-            needs = _through(node, paths[node])
+            needs = _through(node, paths[node], self.choosing.get(node))
             for parent in self._tensors(node):
                 if parent is not self.entry:
                     paths[parent] |= needs
@@ -468,11 +503,13 @@ class _BranchAnalysis:
         return [(node, tuple(sorted(paths[node]))) for node in layers]
 
 
-def _through(node: Node, paths: set[tuple[Window, ...]]) -> set[tuple[Window, ...]]:
+def _through(
+    node: Node, paths: set[tuple[Window, ...]], pooled: Window | None
+) -> set[tuple[Window, ...]]:
     """Paths to the inputs of a node, given those to its output."""
     if operator_name(node) not in CONVOLUTIONS:
         return paths
-    window = conv_window(node)
+    window = pooled or conv_window(node)
     if window.kernel == (1, 1) and window.stride == (1, 1):
         return paths
     return {(*path, window) for path in paths}
@@ -511,7 +548,7 @@ def _own_padding(conv: Node) -> tuple[tuple[int, int], tuple[int, int]]:
     return (2 * vertical, 2 * horizontal), (vertical, horizontal)
 
 
-def _pad_before(conv: Node) -> list[int]:
+def pad_before(conv: Node) -> list[int]:
     """[left, right, top, bottom] of a padding node that feeds a convolution."""
     source = conv.args[0]
     if operator_name(source) not in ("pad", "constant_pad_nd"):
@@ -523,18 +560,18 @@ def _pad_before(conv: Node) -> list[int]:
 
 
 def _padding_before(conv: Node) -> tuple[int, int]:
-    left, _, top, _ = _pad_before(conv)
+    left, _, top, _ = pad_before(conv)
     own = _own_padding(conv)[1]
     return own[0] + top, own[1] + left
 
 
-def _padding_total(conv: Node) -> tuple[int, int]:
-    left, right, top, bottom = _pad_before(conv)
+def padding_total(conv: Node) -> tuple[int, int]:
+    left, right, top, bottom = pad_before(conv)
     own = _own_padding(conv)[0]
     return own[0] + top + bottom, own[1] + left + right
 
 
-def _check_same(window: Window, padding: tuple[int, int]) -> None:
+def check_same(window: Window, padding: tuple[int, int]) -> None:
     """Refuse a convolution whose map is not its input's size divided by the stride, rounded up.
 
     Only then is the output pixel of a gate that of the convolution for every input size.
@@ -574,7 +611,7 @@ def _node_macs(node: Node) -> int:
     return math.prod(int(n) for n in value.shape) * math.prod(int(n) for n in weight[1:]) // batch
 
 
-def _macs_per_pixel(node: Node) -> int:
+def macs_per_pixel(node: Node) -> int:
     return math.prod(int(n) for n in node.args[1].meta["val"].shape)
 
 
