@@ -146,11 +146,20 @@ class SiteCost:
     def floor_macs(self, input_size: Size) -> int:
         """MACs per image with every pixel closed."""
         pixels = math.prod(self._sizes((), input_size)[-1])
-        return pixels * (self.gate_macs + self.bypass_macs + self._cheapest_branch())
+        cheapest = min(self.branch_costs().values(), default=0)
+        return pixels * (self.gate_macs + self.bypass_macs + cheapest)
 
     def gate_macs_total(self, input_size: Size) -> int:
         """MACs per image of the gate alone."""
         return self.gate_macs * math.prod(self._sizes((), input_size)[-1])
+
+    def branch_costs(self) -> dict[int, int]:
+        """Branch -> MACs per pixel that chose it, if the site has a selector instead of a gate."""
+        costs: dict[int, int] = {}
+        for operation in self.operations + self.added:
+            for branch in operation.branches if self.selector else ():
+                costs[branch] = costs.get(branch, 0) + operation.macs
+        return costs
 
     def _sizes(self, path: tuple[Window, ...], input_size: Size) -> list[Size]:
         """Map sizes from the site's output back along a path; strided maps round up."""
@@ -160,15 +169,6 @@ class SiteCost:
             stride = (stride[0] // window.stride[0], stride[1] // window.stride[1])
             sizes.append(_ceil_div(input_size, stride))
         return sizes
-
-    def _cheapest_branch(self) -> int:
-        """MACs per pixel of the cheapest branch of the site's own selector, if it has one."""
-        costs: dict[int, int] = {}
-        for operation in self.operations + self.added:
-            if self.selector and operation.selector == self.selector:
-                for branch in operation.branches:
-                    costs[branch] = costs.get(branch, 0) + operation.macs
-        return min(costs.values(), default=0)
 
     def _needed(
         self, operation: GatedOperation, mask: Tensor, input_size: Size, choices: Choices

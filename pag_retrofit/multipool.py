@@ -6,6 +6,7 @@ Kong & Fowlkes, WACV 2019, section 3.3: the branches are one convolution at seve
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from pag_retrofit.cost import SelectorSpec, SiteCost
 from pag_retrofit.functional import computed_choice, mix, one_hot_maximum, sample_choice, subsample
 from pag_retrofit.gates import Gate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class BranchSelector(Gate):
@@ -143,8 +147,8 @@ def branches_run(choice: Tensor) -> tuple[int, ...]:
     return tuple(branch for branch, value in enumerate(chosen) if value > 0)
 
 
-class MultiPoolConv2d(nn.Conv2d):
-    """A convolution whose dilation is chosen per output pixel.
+class BranchedConv2d(nn.Conv2d):
+    """A convolution at several dilations.
 
     All branches start from the pretrained kernel. Dilation 0 is a 1x1 convolution whose kernel
     is the pretrained one summed over its taps: what a dilation of zero computes. Parameters of
@@ -153,40 +157,54 @@ class MultiPoolConv2d(nn.Conv2d):
 
     pag_factors: tuple[int, ...]
     pag_shared: bool
-    pag_pool: BranchSelector
 
     @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        factors: tuple[int, ...],
-        *,
-        shared: bool = True,
-        selector: Gate | None = None,
-    ) -> MultiPoolConv2d:
+    def from_conv(cls, conv: nn.Conv2d, factors: tuple[int, ...], *, shared: bool = True) -> Self:
         """Add branches to a convolution; parameters and hooks are shared with it, not copied.
 
         Args:
             conv: A convolution that keeps the size, up to its stride.
             factors: Per branch, how often the convolution's own dilation; 0 for the 1x1 kernel.
             shared: All dilations use the kernel itself; else those above 1 get copies of it.
-            selector: Chooses a branch per pixel; without, `forward` wants the choice.
         """
-        pooled = cls.__new__(cls)
-        pooled.__dict__.update(conv.__dict__)
+        branched = cls.__new__(cls)
+        branched.__dict__.update(conv.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
-            pooled.__dict__[registry] = dict(conv.__dict__[registry])
-        pooled.pag_factors, pooled.pag_shared = factors, shared
+            branched.__dict__[registry] = dict(conv.__dict__[registry])
+        branched.pag_factors, branched.pag_shared = factors, shared
         kernel = conv.weight.detach()
         if 0 in factors:
             collapsed = nn.Parameter(kernel.sum((2, 3), keepdim=True))
-            pooled.register_parameter("pag_bypass_weight", collapsed)
+            branched.register_parameter("pag_bypass_weight", collapsed)
         for factor in factors:
             if factor > 1 and not shared:
-                pooled.register_parameter(f"pag_weight_{factor}", nn.Parameter(kernel.clone()))
-        if selector is not None:
-            pooled.add_module("pag_pool", selector)
-        return pooled
+                branched.register_parameter(f"pag_weight_{factor}", nn.Parameter(kernel.clone()))
+        return branched
+
+    def branch(self, x: Tensor, factor: int) -> Tensor:
+        """Convolve every pixel of (B, C, H, W) with one of the factors on the dilation."""
+        if factor == 1:
+            return self._conv_forward(x, self.weight, self.bias)
+        if factor == 0:
+            kept = subsample(x, (self.stride[0], self.stride[1]))
+            collapsed = self.get_parameter("pag_bypass_weight")
+            return F.conv2d(kept, collapsed, self.bias, groups=self.groups)
+        weight = self.weight if self.pag_shared else self.get_parameter(f"pag_weight_{factor}")
+        dilation = (self.dilation[0] * factor, self.dilation[1] * factor)
+        padding = self.padding
+        if not isinstance(padding, str):  # "same" follows the dilation by itself
+            padding = (int(padding[0]) * factor, int(padding[1]) * factor)
+        return F.conv2d(x, weight, self.bias, self.stride, padding, dilation, self.groups)
+
+
+class MultiPoolConv2d(BranchedConv2d):
+    """A convolution whose dilation each output pixel chooses.
+
+    It holds its selector as `pag_pool`, unless the identity is the input itself, passed on after
+    norm and activation: then the block around it chooses, and hands the choice in.
+    """
+
+    pag_pool: BranchSelector
 
     def ungated(self) -> nn.Conv2d:
         """Give the plain convolution back, with the current weights of dilation 1."""
@@ -219,27 +237,22 @@ class MultiPoolConv2d(nn.Conv2d):
                 result = torch.where(chosen > 0, output, result)
         return result
 
-    def branch(self, x: Tensor, factor: int) -> Tensor:
-        """Convolve every pixel with one of the factors on the dilation."""
-        if factor == 1:
-            return self._conv_forward(x, self.weight, self.bias)
-        if factor == 0:
-            kept = subsample(x, (self.stride[0], self.stride[1]))
-            collapsed = self.get_parameter("pag_bypass_weight")
-            return F.conv2d(kept, collapsed, self.bias, groups=self.groups)
-        weight = self.weight if self.pag_shared else self.get_parameter(f"pag_weight_{factor}")
-        dilation = (self.dilation[0] * factor, self.dilation[1] * factor)
-        padding = self.padding
-        if not isinstance(padding, str):  # "same" follows the dilation by itself
-            padding = (int(padding[0]) * factor, int(padding[1]) * factor)
-        return F.conv2d(x, weight, self.bias, self.stride, padding, dilation, self.groups)
 
+class AveragedConv2d(BranchedConv2d):
+    """The mean of all branches: what choosing one per pixel is compared with.
 
-class AveragedConv2d(MultiPoolConv2d):
-    """The mean of all branches: what choosing one per pixel is compared with."""
+    A buffer notes the dilations, so that its weights are not mistaken for the plain network's.
+    """
 
-    def forward(self, x: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Convolve (B, C, H, W) to (B, C', h, w) K times; there is no choice."""
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, factors: tuple[int, ...], *, shared: bool = True) -> Self:
+        """Add branches to a convolution, as `BranchedConv2d` does."""
+        averaged = super().from_conv(conv, factors, shared=shared)
+        averaged.register_buffer("pag_averaged", torch.tensor(factors))
+        return averaged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, C', h, w) once per branch."""
         total = self.branch(x, self.pag_factors[0])
         for factor in self.pag_factors[1:]:
             total = total + self.branch(x, factor)

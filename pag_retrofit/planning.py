@@ -287,12 +287,14 @@ class Surgery:
         if site.kind == "multipool":
             assert site.selector is not None and self.config.multipool is not None
             factors = site.selector.factors
-            self.replacements[site.name] = MultiPoolConv2d.from_conv(
+            pooled = MultiPoolConv2d.from_conv(
                 conv,
                 factors if alone else tuple(factor for factor in factors if factor),
                 shared=self.config.multipool.shared,
-                selector=self._gate(site) if alone else None,
             )
+            if alone:
+                pooled.add_module("pag_pool", self._gate(site))
+            self.replacements[site.name] = pooled
         elif alone:
             gate = self._gate(site)
             assert isinstance(gate, PixelGate)
