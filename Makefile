@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint sweep bench figures clean
+.PHONY: help setup demo test lint sweep bench coverage figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,8 +36,13 @@ bench: $(STAMP)  ## the CamVid evidence: PAG_DATA and PAG_WEIGHTS name the data,
 	$(BIN)/python benchmarks/camvid.py runs/camvid_mobilenetv2
 	$(BIN)/python benchmarks/readme.py
 
-figures: $(STAMP)  ## write the tables of the README anew from benchmarks/results
+coverage: $(STAMP)  ## try every CNN family of timm and SMP; hours, goes on where it was
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --jobs 2
+	$(BIN)/python benchmarks/coverage_page.py
+
+figures: $(STAMP)  ## write the tables of README and docs anew from benchmarks/results
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/coverage_page.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

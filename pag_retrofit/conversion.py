@@ -110,7 +110,5 @@ def average_branches(
         averaged = AveragedConv2d.from_conv(conv, config.dilations, shared=config.shared)
         setattr(target.get_submodule(parent), name, averaged)
     more = sum(site.macs for site in sites) * (len(config.dilations) - 1)
-    target.pag_compute_fraction = (  # type: ignore[assignment]
-        1 + more * example.shape[0] / network.total_macs
-    )
+    target.__dict__["pag_compute_fraction"] = 1 + more / network.total_macs
     return target

@@ -78,6 +78,8 @@ class SiteCost:
         gate_macs: Of the gate, per output pixel of the site.
         bypass_macs: Per closed output pixel.
         stride: From the site's input to its output, (vertical, horizontal).
+        offset: Input pixel at the centre of the first output pixel's window.
+        coarse: Every second pixel of every second row is computed even if it is closed.
         added: Operations that the original network does not have: more branches, and selectors
             inside a gated branch.
         selector: Name of the selector that decides instead of a gate; the mask is then all ones
@@ -88,6 +90,8 @@ class SiteCost:
     gate_macs: int
     bypass_macs: int = 0
     stride: Size = (1, 1)
+    offset: Size = (0, 0)
+    coarse: bool = False
     added: tuple[GatedOperation, ...] = ()
     selector: str = ""
 
@@ -136,22 +140,26 @@ class SiteCost:
         ]
         return torch.stack(totals).sum(0)
 
-    def full_macs(self, input_size: Size) -> int:
+    def full_macs(self, input_size: Size, output_size: Size) -> int:
         """MACs per image of the operations in the original network, all pixels computed."""
         return sum(
-            operation.macs * math.prod(self._sizes(operation.paths[0], input_size)[-1])
+            operation.macs
+            * math.prod([output_size, *self._inner_sizes(operation.paths[0], input_size)][-1])
             for operation in self.operations
         )
 
-    def floor_macs(self, input_size: Size) -> int:
+    def floor_macs(self, output_size: Size) -> int:
         """MACs per image with every pixel closed."""
-        pixels = math.prod(self._sizes((), input_size)[-1])
+        always = 0
+        if self.coarse:
+            grid = math.prod(_ceil_div(output_size, (2, 2)))
+            always = grid * sum(operation.macs for operation in self.operations)
         cheapest = min(self.branch_costs().values(), default=0)
-        return pixels * (self.gate_macs + self.bypass_macs + cheapest)
+        return always + math.prod(output_size) * (self.gate_macs + self.bypass_macs + cheapest)
 
-    def gate_macs_total(self, input_size: Size) -> int:
+    def gate_macs_total(self, output_size: Size) -> int:
         """MACs per image of the gate alone."""
-        return self.gate_macs * math.prod(self._sizes((), input_size)[-1])
+        return self.gate_macs * math.prod(output_size)
 
     def branch_costs(self) -> dict[int, int]:
         """Branch -> MACs per pixel that chose it, if the site has a selector instead of a gate."""
@@ -161,10 +169,9 @@ class SiteCost:
                 costs[branch] = costs.get(branch, 0) + operation.macs
         return costs
 
-    def _sizes(self, path: tuple[Window, ...], input_size: Size) -> list[Size]:
-        """Map sizes from the site's output back along a path; strided maps round up."""
-        stride = self.stride
-        sizes = [_ceil_div(input_size, stride)]
+    def _inner_sizes(self, path: tuple[Window, ...], input_size: Size) -> list[Size]:
+        """Sizes of the maps met on a path back from the site's output; strided maps round up."""
+        stride, sizes = self.stride, []
         for window in path:
             stride = (stride[0] // window.stride[0], stride[1] // window.stride[1])
             sizes.append(_ceil_div(input_size, stride))
@@ -173,6 +180,8 @@ class SiteCost:
     def _needed(
         self, operation: GatedOperation, mask: Tensor, input_size: Size, choices: Choices
     ) -> Tensor:
+        if self.coarse:
+            mask = torch.maximum(mask, _coarse_grid(mask))
         walked = [self._walk(mask, path, input_size, choices) for path in operation.paths]
         needed = torch.stack(walked).amax(0) if len(walked) > 1 else walked[0]
         if operation.selector:
@@ -183,9 +192,15 @@ class SiteCost:
     def _walk(
         self, mask: Tensor, path: tuple[Window, ...], input_size: Size, choices: Choices
     ) -> Tensor:
-        for window, size in zip(path, self._sizes(path, input_size)[1:], strict=True):
+        for window, size in zip(path, self._inner_sizes(path, input_size), strict=True):
             mask = needed_inputs(mask, window, size, choices)
         return mask
+
+
+def _coarse_grid(mask: Tensor) -> Tensor:
+    grid = torch.zeros_like(mask)
+    grid[:, :, ::2, ::2] = 1
+    return grid
 
 
 def _ceil_div(size: Size, stride: Size) -> Size:

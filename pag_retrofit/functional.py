@@ -164,7 +164,7 @@ def needed_inputs(
 
 @_traced_as_call
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero the closed pixels of `x` (B, C, H, W); `mask` is (B, 1, H, W)."""
+    """Zero the closed pixels of `x`; its layout and the mask's agree, see `mask_as`."""
     return x * mask.to(x.dtype)
 
 
@@ -200,7 +200,7 @@ def computed_choice(choice: Tensor) -> Tensor:
 
 @_traced_as_call
 def mask_pool_input(x: Tensor, mask: Tensor) -> Tensor:
-    """Prepare `x` for a global mean over computed pixels only; see `renormalize_pool`."""
+    """Prepare `x` for a reduction over computed pixels only; see `renormalize_pool`."""
     return apply_mask(x, mask.detach())
 
 
@@ -211,7 +211,7 @@ def renormalize_pool(pooled: Tensor, mask: Tensor) -> Tensor:
     With every pixel open this divides by exactly one. With none open the result is zero.
 
     Args:
-        pooled: (B, C), (B, C, 1) or (B, C, 1, 1).
+        pooled: (B, ...), any shape.
         mask: (B, 1, H, W).
     """
     share = mask.detach().float().mean((1, 2, 3)).reshape(-1, *([1] * (pooled.dim() - 1)))
@@ -220,9 +220,59 @@ def renormalize_pool(pooled: Tensor, mask: Tensor) -> Tensor:
 
 
 @_traced_as_call
-def subsample(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """Keep every stride-th pixel of `x` (B, C, H, W)."""
-    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+def subsample(
+    x: Tensor,
+    stride: tuple[int, int],
+    offset: tuple[int, int] = (0, 0),
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Keep every stride-th pixel of `x` (B, C, H, W), from an offset on, `size` of them.
+
+    The offset is made smaller where the map would end too early.
+    """
+    if size is not None:
+        ends = [
+            n - 1 - (count - 1) * s for n, count, s in zip(x.shape[2:], size, stride, strict=True)
+        ]
+        offset = (min(offset[0], ends[0]), min(offset[1], ends[1]))
+    if stride != (1, 1) or offset != (0, 0):
+        x = x[:, :, offset[0] :: stride[0], offset[1] :: stride[1]]
+    return x if size is None else x[:, :, : size[0], : size[1]]
+
+
+def coarse(x: Tensor) -> Tensor:
+    """Replace all pixels but every second one of every second row by linear interpolation.
+
+    Args:
+        x: (B, C, H, W). The last row or column of an even size repeats its neighbour.
+    """
+    return _interpolate(_interpolate(x, 2), 3)
+
+
+def _interpolate(x: Tensor, axis: int) -> Tensor:
+    size = x.shape[axis]
+    kept = x[(slice(None),) * axis + (slice(None, None, 2),)]
+    following = torch.cat(
+        [kept.narrow(axis, 1, kept.shape[axis] - 1), kept.narrow(axis, -1, 1)], axis
+    )
+    between = (kept + following) / 2
+    return torch.stack([kept, between], axis + 1).flatten(axis, axis + 1).narrow(axis, 0, size)
+
+
+@_traced_as_call
+def as_map(x: Tensor, layout: str) -> Tensor:
+    """View a tensor of a layout as (B, C, H, W); N tokens become N rows of one pixel."""
+    if layout == "BHWC":
+        return x.permute(0, 3, 1, 2)
+    return x.transpose(1, 2).unsqueeze(-1) if layout == "BNC" else x
+
+
+@_traced_as_call
+def mask_as(mask: Tensor, layout: str) -> Tensor:
+    """Bring a mask (B, 1, H, W) into a layout, so that it multiplies a tensor of that layout."""
+    if layout == "BHWC":
+        return mask.permute(0, 2, 3, 1)
+    return mask.flatten(2).transpose(1, 2) if layout == "BNC" else mask
 
 
 def pattern_mask(pattern: str, density: float, shape: tuple[int, int, int], seed: int) -> Tensor:

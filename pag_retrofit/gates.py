@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,11 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.cost import SiteCost
 from pag_retrofit.errors import PagError
-from pag_retrofit.functional import mix, pattern_mask, sample_mask, subsample
+from pag_retrofit.functional import (
+    apply_mask,
+    as_map,
+    coarse,
+    mask_as,
+    mix,
+    pattern_mask,
+    sample_mask,
+    subsample,
+)
+from pag_retrofit.tracing import UntraceableError, in_mode
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Gate(nn.Module):
 
     temperature: Tensor
     offset: Tensor
+    layout = "BCHW"
 
     def __init__(self, cost: SiteCost, site: str, inside: str = ""):
         """Start at temperature one, not calibrated."""
@@ -85,15 +98,23 @@ class PixelGate(Gate):
     Args:
         channels: Of the site's input.
         cost: What the site costs as a function of the mask.
+        layout: Axes of the site's input: `"BCHW"`, `"BHWC"` or `"BNC"`.
         site: Name of the site, as in the plan.
         initial_probability: Of computing a pixel, before training.
     """
 
     def __init__(
-        self, channels: int, cost: SiteCost, *, site: str = "", initial_probability: float = 0.99
+        self,
+        channels: int,
+        cost: SiteCost,
+        *,
+        layout: str = "BCHW",
+        site: str = "",
+        initial_probability: float = 0.99,
     ):
         """Build an open gate."""
         super().__init__(cost, site)
+        self.layout = layout
         self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
         # An adaptive optimiser moves every weight by about its learning rate, and so the logit by
         # that times the channels: scaled, one learning rate suits gates of 16 and of 500 channels.
@@ -101,11 +122,17 @@ class PixelGate(Gate):
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the site's input (B, C, H, W) to a float32 mask (B, 1, h, w) of zeros and ones."""
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map the site's input to a float32 mask (B, 1, h, w) of zeros and ones.
+
+        Args:
+            x: Of the gate's layout; tokens (B, N, C) count as N rows of one pixel.
+            size: (h, w), where it is not the input's divided by the stride and rounded up.
+        """
+        x = as_map(x, self.layout)
         # Subsampled first: torch 2.15 corrupts the heap in the backward pass of a strided 1x1
         # convolution to few channels (CPU, float32, channels_last, input without gradient).
-        kept = subsample(x, self.cost.stride)
+        kept = subsample(x, self.cost.stride, self.cost.offset, size)
         logits = F.conv2d(kept, self.weight * self.scale, self.bias).float() + self.offset
         if self.override is not None:
             return self.override.mask(logits)
@@ -120,48 +147,155 @@ class PixelGate(Gate):
         return f"{self.weight.shape[1]}, stride={self.cost.stride}"
 
 
-class GatedConv2d(nn.Conv2d):
-    """A convolution of which each output pixel is computed in full or by a collapsed kernel.
+class GatedModule(nn.Module):
+    """What all gated forms of single modules share; mixed in before the module's own class.
 
-    A closed pixel gets a 1x1 convolution whose kernel starts as the pretrained kernel summed
-    over its taps: exact wherever the input is locally constant. Mixing before the norm and the
-    activation equals mixing after them in evaluation, and lets batch statistics (and group
-    norm) see the map that later layers see. Parameters of the original keep their names.
+    A gated module is an instance of its original class too, with the attributes, parameters,
+    children and hooks of the original, shared with it and not copied.
     """
 
     pag_gate: PixelGate
-    pag_bypass_weight: nn.Parameter
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, gate: PixelGate) -> GatedConv2d:
-        """Gate a convolution; parameters and hooks are shared with it, not copied."""
-        gated = cls.__new__(cls)
-        gated.__dict__.update(conv.__dict__)
-        for registry in ("_parameters", "_buffers", "_modules"):
-            gated.__dict__[registry] = dict(conv.__dict__[registry])
-        collapsed = conv.weight.detach().sum((2, 3), keepdim=True)
-        gated.register_parameter("pag_bypass_weight", nn.Parameter(collapsed))
-        gated.add_module("pag_gate", gate)
-        return gated
-
-    def ungated(self) -> nn.Conv2d:
-        """Give the plain convolution back, with the current weights."""
-        conv = nn.Conv2d.__new__(nn.Conv2d)
-        conv.__dict__.update(self.__dict__)
+    def ungated(self) -> nn.Module:
+        """Give the plain module back, with the current weights."""
+        original: Any = type(self).__bases__[1]
+        plain: nn.Module = original.__new__(original)
+        plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             kept = {k: v for k, v in self.__dict__[registry].items() if not k.startswith("pag_")}
-            conv.__dict__[registry] = kept
-        return conv
+            plain.__dict__[registry] = kept
+        return plain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the two classes that this one was made of."""
+        return _new_gated, type(self).__bases__, dict(self.__dict__)
+
+
+class GatedConv(GatedModule):
+    """A convolution of which each output pixel is computed in full or gets a cheap bypass.
+
+    The bypass is either *collapsed*, a 1x1 convolution whose kernel starts as the pretrained one
+    summed over its taps: exact wherever the input is locally constant. Or it is *coarse*: the
+    output at every second pixel of every second row, which is computed in any case, interpolated;
+    this works for 1x1 convolutions too. Mixing before the norm and the activation equals mixing
+    after them in evaluation, and lets batch statistics (and group norm) see the map that later
+    layers see.
+    """
+
+    pag_bypass_weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C', h, w)."""
-        mask = self.pag_gate(x)
-        full = self._conv_forward(x, self.weight, self.bias)
-        stride = self.pag_gate.cost.stride
-        bypass = F.conv2d(
-            subsample(x, stride), self.pag_bypass_weight, self.bias, groups=self.groups
-        )
+        full = super().forward(x)
+        size = (full.shape[2], full.shape[3])
+        cost = self.pag_gate.cost
+        mask = self.pag_gate(x, size)
+        if cost.coarse:
+            return mix(full, coarse(full), mask)
+        kept = subsample(x, cost.stride, cost.offset, size)
+        bypass = F.conv2d(kept, self.pag_bypass_weight, self.bias, groups=self.groups)  # type: ignore
         return mix(full, bypass, mask)
+
+
+class GatedBranchEnd(GatedModule):
+    """A module at the end of a residual branch, whose closed pixels add nothing."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the original on a tensor of the gate's layout, and zero its closed pixels."""
+        mask = mask_as(self.pag_gate(x), self.pag_gate.layout)
+        return apply_mask(super().forward(x, *args, **kwargs), mask)
+
+
+class GatedSequenceEnd(GatedBranchEnd):
+    """A sequence at the end of a residual branch: the gate is no step of it."""
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self._modules) - 1
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        """Go through the steps."""
+        return (module for name, module in self._modules.items() if name != "pag_gate")
+
+
+def gate_convolution(conv: nn.Conv2d, gate: PixelGate, bypass: Tensor | None) -> GatedConv:
+    """Gate a convolution, of `nn.Conv2d` itself or of a class derived from it.
+
+    Args:
+        conv: The convolution; it is not modified.
+        gate: Its gate.
+        bypass: Collapsed kernel (C', C / groups, 1, 1), or None for the coarse bypass.
+    """
+    gated: GatedConv = _gated_copy(GatedConv, conv, gate)
+    if bypass is not None:
+        gated.register_parameter("pag_bypass_weight", nn.Parameter(bypass))
+    return gated
+
+
+def collapsed_kernel(conv: nn.Conv2d) -> Tensor:
+    """The kernel that a convolution convolves with, summed over its taps.
+
+    Derived classes may compute it from their weight (weight standardisation, say), so it is
+    taken from a call.
+
+    Returns:
+        (C', C / groups, 1, 1).
+
+    Raises:
+        UntraceableError: The convolution does not call `conv2d` exactly once.
+    """
+    spans = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    recorder = _KernelRecorder()
+    with in_mode(conv), torch.no_grad(), recorder:
+        conv(conv.weight.new_zeros(1, conv.in_channels, *spans))
+    if len(recorder.kernels) != 1 or recorder.kernels[0].shape != conv.weight.shape:
+        raise UntraceableError(
+            f"{type(conv).__name__} convolves {len(recorder.kernels)} times, or not with a kernel "
+            "of its weight's shape"
+        )
+    return recorder.kernels[0].detach().sum((2, 3), keepdim=True)
+
+
+class _KernelRecorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.conv2d:
+            self.kernels.append(args[1] if len(args) > 1 else kwargs["weight"])
+        return func(*args, **(kwargs or {}))
+
+
+def gate_branch_end(module: nn.Module, gate: PixelGate) -> GatedBranchEnd:
+    """Gate a module of one input and one output, which is not modified."""
+    mixin = GatedSequenceEnd if isinstance(module, nn.Sequential) else GatedBranchEnd
+    gated: GatedBranchEnd = _gated_copy(mixin, module, gate)
+    return gated
+
+
+@functools.cache
+def _gated_class(mixin: type, original: type) -> type:
+    name = f"Gated{original.__name__}"
+    return type(
+        name, (mixin, original), {"__module__": original.__module__, "__doc__": mixin.__doc__}
+    )
+
+
+def _new_gated(mixin: type, original: type) -> Any:
+    kind: Any = _gated_class(mixin, original)
+    return kind.__new__(kind)
+
+
+def _gated_copy(mixin: type, module: nn.Module, gate: PixelGate) -> Any:
+    gated = _new_gated(mixin, type(module))
+    gated.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        gated.__dict__[registry] = dict(module.__dict__[registry])
+    gated.add_module("pag_gate", gate)
+    return gated
 
 
 @dataclass

@@ -7,6 +7,8 @@ libraries' own registries, nothing else is ever imported or unpickled.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -285,16 +287,18 @@ def _restore(
                 f"{source}: the tensors do not match their recorded checksum; the file was changed "
                 "or damaged after it was saved"
             )
+        config = RetrofitConfig.from_dict(description["retrofit"])
         gated = retrofit(
             _network(description, model, source),
             description["budget"],
             example_input=tuple(description["example_shape"]),
-            config=RetrofitConfig.from_dict(description["retrofit"]),
+            config=_only(config, description["sites"]),
             inplace=True,
         )
         _check_sites(gated, description, source)
         _load_tensors(gated, tensors, source)
         state = state_of(gated)
+        state.config = config
         state.rho = state.budget
         state.operating_points = {float(b): float(o) for b, o in description["operating_points"]}
         if description["active_budget"] is not None:
@@ -307,6 +311,12 @@ def _restore(
             f"({type(error).__name__}: {error})"
         ) from error
     return gated.eval()
+
+
+def _only(config: RetrofitConfig, sites: list[str]) -> RetrofitConfig:
+    """The configuration that gates the recorded sites, though this release may know of more."""
+    names = tuple(glob.escape(name) for name in sites)
+    return dataclasses.replace(config, include=names, exclude=(), min_share=0.0)
 
 
 def _network(description: dict[str, Any], model: nn.Module | None, source: str) -> nn.Module:

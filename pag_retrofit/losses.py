@@ -30,8 +30,9 @@ def expected_fraction(gated: nn.Module) -> Tensor:
         if gate.inside:  # counted by the branch that it lies in
             continue
         size, mask = gate.last_input_size, gate.site_mask(probability)
-        active = active + gate.cost.active_macs(mask, size, probabilities).mean()
-        full = full + gate.cost.full_macs(size)
+        height, width = mask.shape[2:]
+        active = active + gate.cost.active_macs(mask, size, probabilities).sum()
+        full = full + mask.shape[0] * gate.cost.full_macs(size, (height, width))
     return _average(1 + (active / full - 1) * state.gateable_share)
 
 

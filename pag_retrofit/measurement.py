@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.functional import pattern_mask
+from pag_retrofit.functional import as_map, pattern_mask
 from pag_retrofit.gates import Gate, MaskOverride, named_gates, state_of
 from pag_retrofit.multipool import BranchSelector
+from pag_retrofit.tracing import MacCounter
 
 
 class Measurement:
@@ -97,8 +98,9 @@ class Measurement:
         self._input_shape = shape
 
     def _observe(self, gate: Gate, inputs: tuple[Any, ...], decision: Tensor) -> None:
-        size = (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
+        height, width = as_map(inputs[0], gate.layout).shape[2:]
         overhead = gate.overhead(decision)  # what ran depends on whether there is a gradient
+        size = (int(height), int(width))
         self._pass.append(_Decision(gate, decision.detach().float(), size, overhead))
 
     def _finish_pass(self, executed_macs: int) -> None:
@@ -109,11 +111,12 @@ class Measurement:
         dense = executed_macs
         choices = {seen.gate.site: seen.decision for seen in self._pass}
         for seen in self._pass:
-            original -= batch * seen.overhead
-            dense -= batch * seen.overhead
+            maps, _, out_height, out_width = seen.decision.shape
+            original -= maps * seen.overhead
+            dense -= maps * seen.overhead
             self._note(seen)
             if not seen.gate.inside:  # else the branch around it counts it
-                dense -= batch * seen.gate.cost.full_macs(seen.size)
+                dense -= maps * seen.gate.cost.full_macs(seen.size, (out_height, out_width))
                 needed += self._add_site(seen, choices)
         self._dense_macs = dense
         self.images += batch
@@ -141,7 +144,7 @@ class Measurement:
             count = int(where.double().sum())
             if macs and count:
                 total += macs * count
-                self._site_map += macs * _spread(where, self._site_map.shape[1:])
+                self._site_map += macs * _spread(where, self._site_map.shape)
         return total
 
 
@@ -154,12 +157,34 @@ class _Decision(NamedTuple):
     overhead: int
 
 
-def _spread(where: Tensor, size: torch.Size) -> Tensor:
-    """Share each pixel of a map (B, 1, h, w) out over the input pixels it covers; keeps sums."""
+def _spread(where: Tensor, shape: torch.Size) -> Tensor:
+    """Share each pixel of a map (b, 1, h, w) out over the input pixels it covers; keeps sums.
+
+    Tokens are laid out as the grid of the image's proportions that has as many, class tokens
+    before it left out. Maps of other batches (windows) are spread evenly over their image.
+    """
+    batch, height, width = shape
     where = where.detach().double().cpu()
-    spread = F.interpolate(where, tuple(size), mode="nearest-exact")[:, 0]
-    totals = spread.sum((1, 2)).clamp_min(1e-9)
-    return spread * (where.sum((1, 2, 3)) / totals)[:, None, None]
+    sums = where.reshape(batch, -1).sum(1)
+    if where.shape[3] == 1 < width:
+        where = _fold_tokens(where, height, width)
+    if where.shape[0] != batch:
+        where = where.new_ones(batch, 1, 1, 1)
+    spread = F.interpolate(where, (height, width), mode="nearest-exact")[:, 0]
+    totals = spread.sum((1, 2))
+    spread[totals == 0] = 1.0
+    return spread * (sums / spread.sum((1, 2)))[:, None, None]
+
+
+def _fold_tokens(where: Tensor, height: int, width: int) -> Tensor:
+    count = where.shape[2]
+    for extra in range(min(8, count)):
+        rows = round(math.sqrt((count - extra) * height / width))
+        if rows and (count - extra) % rows == 0:
+            columns = (count - extra) // rows
+            if abs(rows / columns - height / width) < 0.1 * height / width:
+                return where[:, :, extra:].reshape(-1, 1, rows, columns)
+    return where
 
 
 @contextlib.contextmanager
@@ -180,16 +205,16 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
     """
     state_of(gated)
     result = Measurement()
-    counter = FlopCounterMode(display=False)
+    counter = MacCounter()
     counted = [0]
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4)
         result._start_pass(tuple(x.shape))
-        counted[0] = counter.get_total_flops() // 2
+        counted[0] = counter.macs
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        result._finish_pass(counter.get_total_flops() // 2 - counted[0])
+        result._finish_pass(counter.macs - counted[0])
 
     handles = [
         gated.register_forward_pre_hook(before, with_kwargs=True),

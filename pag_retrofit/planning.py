@@ -5,20 +5,32 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import BudgetError, NoSitesError, PagError
-from pag_retrofit.gates import Gate, GatedConv2d, PixelGate
+from pag_retrofit.gates import (
+    Gate,
+    GatedModule,
+    PixelGate,
+    collapsed_kernel,
+    gate_branch_end,
+    gate_convolution,
+)
 from pag_retrofit.multipool import BranchSelector, MultiPoolConv2d, PoolSelector
 from pag_retrofit.pool_rewriting import PoolRewriter
-from pag_retrofit.pool_sites import collapsed, find_pools
+from pag_retrofit.pool_sites import find_pools
 from pag_retrofit.rewriting import GatedBlock
 from pag_retrofit.sites import Findings, Site, find_sites
-from pag_retrofit.tracing import UntraceableError, example_tensor, export_network
+from pag_retrofit.tracing import (
+    NetworkGraph,
+    UntraceableError,
+    example_tensor,
+    export_network,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,13 +81,12 @@ class Plan:
     @property
     def gate_share(self) -> float:
         """MACs of all gates and selectors as a fraction of the network's."""
-        gates = sum(site.cost.gate_macs_total(site.input_size) for site in self.sites)
-        return gates / self.total_macs
+        return sum(site.gate_macs for site in self.sites) / self.total_macs
 
     @property
     def floor(self) -> float:
         """Smallest compute fraction: every pixel takes the cheapest way, gates are paid."""
-        closed = sum(site.cost.floor_macs(site.input_size) for site in self._outermost)
+        closed = sum(site.floor_macs for site in self._outermost)
         return 1 - self.gateable_share + closed / self.total_macs
 
     @property
@@ -231,26 +242,26 @@ class Surgery:
         self.config = config
         example = example_tensor(model, example_input)
         network = export_network(model, example)
-        total = network.total_macs // example.shape[0]
         self.modules = dict(model.named_modules())
         self.replacements: dict[str, nn.Module] = {}
-        self.gates: dict[str, Gate] = {}
-        network = replace(network, total_macs=total)
-        pools = find_pools(model, network, config)
-        findings = find_sites(model, network, config, pooled=pools.windows, covered=pools.covered)
-        pools.complete(findings)
-        sites = self._rewrite(findings)
+        findings = self._rewrite(network)
         dense = tuple(
             DenseLayer(name, layer.kind, layer.macs, findings.reasons[name])
             for name, layer in findings.layers.items()
             if name in findings.reasons
         )
-        shape = tuple(example.shape)
-        if total == 0:
+        if network.total_macs == 0:
             raise NoSitesError(
                 f"{type(model).__name__} has no convolution or linear layer: nothing to gate"
             )
-        self.plan = Plan(type(model).__name__, budget, shape, total, sites, dense)
+        self.plan = Plan(
+            type(model).__name__,
+            budget,
+            tuple(example.shape),
+            network.total_macs,
+            tuple(findings.sites),
+            dense,
+        )
 
     def install(self) -> None:
         """Put the rewritten modules into the network, outer ones first.
@@ -261,85 +272,117 @@ class Surgery:
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, module)
 
-    def _rewrite(self, findings: Findings) -> tuple[Site, ...]:
-        """Build all replacements; sites that turn out not to be rewritable are dropped."""
-        kept: list[Site] = []
+    def _rewrite(self, network: NetworkGraph) -> Findings:
+        """Find sites and build all replacements.
+
+        What turns out not to be rewritable is refused, and the sites are looked for again: the
+        convolutions of a refused block may be sites of their own.
+        """
+        refused: dict[str, str] = {}
+        while True:
+            pools = find_pools(self.model, network, self.config, refused)
+            findings = find_sites(
+                self.model,
+                network,
+                self.config,
+                refused,
+                pooled=pools.windows,
+                covered=pools.covered,
+            )
+            pools.complete(findings)
+            self.replacements = {}
+            refusals = self._replace_modules(findings) | self._replace_blocks(findings, network)
+            if not refusals:
+                return findings
+            refused |= refusals
+
+    def _replace_modules(self, findings: Findings) -> dict[str, str]:
+        """Gate single modules; return those that refuse, with the reason."""
+        refusals = {}
+        for site in findings.sites:
+            try:
+                if site.kind == "multipool":
+                    self.replacements[site.name] = self._multipool(site)
+                elif site.is_one_module:
+                    self.replacements[site.name] = self._gated_module(site)
+            except UntraceableError as reason:
+                refusals[site.name] = str(reason)
+        return refusals
+
+    def _gated_module(self, site: Site) -> nn.Module:
+        module, gate = self.modules[site.name], self._gate(site)
+        assert isinstance(gate, PixelGate)
+        if site.kind == "branch":
+            return gate_branch_end(module, gate)
+        assert isinstance(module, nn.Conv2d)
+        bypass = collapsed_kernel(module) if site.bypass == "collapsed" else None
+        return gate_convolution(module, gate, bypass)
+
+    def _multipool(self, site: Site) -> MultiPoolConv2d:
+        """A convolution with branches; its block holds the selector if closed pixels bypass it."""
+        conv, factors = self.modules[site.name], site.selector.factors if site.selector else ()
+        assert isinstance(conv, nn.Conv2d) and self.config.multipool is not None
+        if not site.is_one_module:
+            factors = tuple(factor for factor in factors if factor)
+        pooled = MultiPoolConv2d.from_conv(conv, factors, shared=self.config.multipool.shared)
+        if site.is_one_module:
+            pooled.add_module("pag_pool", self._gate(site))
+        return pooled
+
+    def _replace_blocks(self, findings: Findings, network: NetworkGraph) -> dict[str, str]:
+        """Rewrite blocks, inner ones first; return those that refuse, with the reason."""
         blocks: dict[str, list[Site]] = defaultdict(list)
         for site in findings.sites:
-            if site.kind in ("conv", "multipool") and self._replace_convolution(site):
-                kept.append(site)
-            else:
+            if not site.is_one_module:
                 blocks[site.owner].append(site)
-        for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):  # inner first
-            kept += self._rewrite_block(path, sites, findings)
-        order = {site.name: position for position, site in enumerate(findings.sites)}
-        names = {site.name for site in kept}
-        for position, site in enumerate(kept):
-            if site.inside not in names:  # the branch around it stays dense
-                kept[position] = replace(site, inside="")
-                self.gates[site.name].inside = ""
-        return tuple(sorted(kept, key=lambda site: order[site.name]))
+        layers = frozenset(name for name, layer in findings.layers.items() if layer.macs)
+        constants = network.observed.constants
+        refusals = {}
+        for path, sites in sorted(blocks.items(), key=lambda item: -len(item[0])):
+            try:
+                self.replacements[path] = self._rewrite_block(
+                    path, sites, layers, constants.get(path)
+                )
+            except UntraceableError as reason:
+                logger.info("%s is not rewritten: %s", path, reason)
+                refusals[path] = str(reason)
+        return refusals
 
-    def _replace_convolution(self, site: Site) -> bool:
-        """Build the replacement of a convolution; tell whether its block can stay as it is."""
-        conv, alone = self.modules[site.name], site.owner == site.name
-        assert isinstance(conv, nn.Conv2d)
-        if site.kind == "multipool":
-            assert site.selector is not None and self.config.multipool is not None
-            factors = site.selector.factors
-            pooled = MultiPoolConv2d.from_conv(
-                conv,
-                factors if alone else tuple(factor for factor in factors if factor),
-                shared=self.config.multipool.shared,
-            )
-            if alone:
-                pooled.add_module("pag_pool", self._gate(site))
-            self.replacements[site.name] = pooled
-        elif alone:
-            gate = self._gate(site)
-            assert isinstance(gate, PixelGate)
-            self.replacements[site.name] = GatedConv2d.from_conv(conv, gate)
-        return alone
-
-    def _rewrite_block(self, path: str, sites: list[Site], findings: Findings) -> list[Site]:
-        try:
-            inner = frozenset(
-                other.removeprefix(f"{path}.")
-                for other in self.replacements
-                if other.startswith(f"{path}.")
-            )
-            rewriter = PoolRewriter(self.modules[path], path, inner)
-            for site in sites:
-                rewriter.insert(site, self._gate(site))
-            self.replacements[path] = rewriter.finish()
-        except UntraceableError as reason:
-            return self._leave_dense(path, sites, findings, reason)
-        return sites
-
-    def _leave_dense(
-        self, path: str, sites: list[Site], findings: Findings, reason: UntraceableError
-    ) -> list[Site]:
-        """Note why a block is not rewritten; return its sites that need no rewriting after all."""
-        kept = []
-        for site in sites:
-            if site.kind == "aspp":
-                raise PagError(f"multipool.aspp: {path} cannot be rewritten: {reason}") from reason
-            if site.kind == "multipool":
-                kept.append(collapsed(site))
-                self._replace_convolution(kept[-1])
-        logger.info("%s stays dense: %s", path, reason)
-        pooled = {site.name for site in kept}
-        for site in sites:
-            for layer in set(site.layers) - pooled:
-                findings.reasons[layer] = f"{path}: {reason}"
-        return kept
+    def _rewrite_block(
+        self,
+        path: str,
+        sites: list[Site],
+        layers: frozenset[str],
+        constants: dict[str, Any] | None,
+    ) -> GatedBlock:
+        """Rewrite a block, tracing through as little of it as its sites allow."""
+        if constants is None:
+            raise UntraceableError("it is not called, or with other arguments each time")
+        inner = frozenset(
+            other.removeprefix(f"{path}.")
+            for other in self.replacements
+            if other.startswith(f"{path}.")
+        )
+        for opened in (_opened(path, sites), None):
+            try:
+                rewriter = PoolRewriter(self.modules[path], path, layers, opened, inner, constants)
+                for site in sites:
+                    rewriter.insert(site, self._gate(site))
+                return rewriter.finish()
+            except UntraceableError as error:
+                reason = error
+        raise reason
 
     def _gate(self, site: Site) -> Gate:
         probability = self.config.gate.initial_probability
         gate: Gate
         if site.selector is None:
             gate = PixelGate(
-                site.channels, site.cost, site=site.name, initial_probability=probability
+                site.channels,
+                site.cost,
+                layout=site.layout,
+                site=site.name,
+                initial_probability=probability,
             )
         else:
             kind = PoolSelector if site.kind == "multipool" else BranchSelector
@@ -353,7 +396,6 @@ class Surgery:
         like = next(self.modules[site.owner].parameters(), None)
         if like is not None and like.is_floating_point():
             gate.to(like.device, like.dtype)
-        self.gates[site.name] = gate
         return gate.train(self.modules[site.owner].training)
 
 
@@ -365,11 +407,22 @@ def _check_model(model: nn.Module, budget: float) -> None:
         )
     if not isinstance(model, nn.Module):
         raise PagError(f"model={model!r}: expected a torch.nn.Module")
-    if any(isinstance(m, Gate | GatedBlock) for m in model.modules()):
+    if any(isinstance(m, Gate | GatedModule | GatedBlock) for m in model.modules()):
         raise PagError(
             f"{type(model).__name__} is gated already: use set_budget() for another budget, or "
             "remove() before retrofitting it anew"
         )
+
+
+def _opened(path: str, sites: list[Site]) -> frozenset[str]:
+    """Modules of a block that its sites make it necessary to trace through."""
+    owners = {pool.owner for site in sites for pool in site.pools}
+    owners |= {site.name.rpartition(".")[0] for site in sites if site.kind in ("conv", "multipool")}
+    opened: set[str] = set()
+    for owner in owners:
+        parts = owner.removeprefix(path).removeprefix(".").split(".")
+        opened.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return frozenset(opened)
 
 
 def _grouped(layers: tuple[DenseLayer, ...]) -> Mapping[str, list[DenseLayer]]:

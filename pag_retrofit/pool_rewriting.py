@@ -6,10 +6,11 @@ from torch import nn
 
 from pag_retrofit.functional import computed_choice, computed_mask
 from pag_retrofit.gates import Gate
+from pag_retrofit.locality import Node
 from pag_retrofit.multipool import BranchFill
 from pag_retrofit.pool_sites import AsppBranch, AsppSite
 from pag_retrofit.rewriting import BlockRewriter
-from pag_retrofit.sites import Node, Site
+from pag_retrofit.sites import Site
 from pag_retrofit.tracing import UntraceableError, ancestors
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from torch import fx, nn
 
@@ -18,23 +19,22 @@ from pag_retrofit.config import MultiPoolConfig, RetrofitConfig
 from pag_retrofit.cost import GatedOperation, SelectorSpec, SiteCost
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window, selector_window
-from pag_retrofit.sites import (
+from pag_retrofit.locality import (
     ACTIVATIONS,
-    GLOBAL_MEANS,
-    Findings,
     Node,
     NotPixelLocalError,
-    Site,
     check_same,
-    conv_window,
-    identity_owner,
+    conv_arguments,
     macs_per_pixel,
+    node_window,
     operator_name,
     pad_before,
     padding_total,
 )
+from pag_retrofit.sites import Findings, Site, identity_owner
 from pag_retrofit.tracing import NetworkGraph
 
+_GLOBAL_MEANS = ("adaptive_avg_pool2d", "mean")
 _WIDTHS = (32, 16, 8, 4)
 _LARGEST_SHARE = 0.02
 _ALL = 0  # index of the choice "all branches" of an ASPP
@@ -108,16 +108,30 @@ class Pools:
         findings.sites = [_with_choices(site, pooled) for site in findings.sites]
 
 
-def find_pools(model: nn.Module, network: NetworkGraph, config: RetrofitConfig) -> Pools:
+def find_pools(
+    model: nn.Module,
+    network: NetworkGraph,
+    config: RetrofitConfig,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Pools:
     """Find the convolutions and ASPP modules that `config.multipool` asks for.
 
+    Args:
+        model: The network.
+        network: Its exported graph.
+        config: What is asked for.
+        refused: Owners whose blocks turned out not to be rewritable, with the reason.
+
     Raises:
+        PagError: `torch.export` cannot follow the network.
         PagError: A pattern matches no convolution, or one that cannot be pooled.
         PagError: There is no ASPP, or nothing to pool by default.
     """
     pools = Pools()
     if config.multipool is not None:
-        finder = _PoolFinder(model, network, config, config.multipool)
+        if network.failure:
+            raise PagError(f"multipool: {network.failure}; retrofit it without multipool")
+        finder = _PoolFinder(model, network, config, config.multipool, refused)
         for name in finder.chosen():
             window = finder.window(name)
             pools.windows[name] = window
@@ -171,8 +185,10 @@ class _PoolFinder:
         network: NetworkGraph,
         config: RetrofitConfig,
         multipool: MultiPoolConfig,
+        refused: Mapping[str, str],
     ):
         self.network = network
+        self.refused = refused
         self.config = config
         self.multipool = multipool
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -238,14 +254,14 @@ class _PoolFinder:
         try:
             if any(pad_before(nodes[0])):
                 return "its padding is a layer of its own, which cannot follow the dilation"
-            check_same(conv_window(nodes[0]), padding_total(nodes[0]))
+            check_same(node_window(nodes[0]), padding_total(nodes[0]))
         except NotPixelLocalError as reason:
             return str(reason)
         return ""
 
     def window(self, name: str) -> Window:
         """Window of a convolution, with its selector."""
-        window = conv_window(self.convolutions[name][0])
+        window = node_window(self.convolutions[name][0])
         return window._replace(selector=name, factors=self.multipool.factors)
 
     def conv_site(self, name: str, window: Window) -> Site:
@@ -267,7 +283,8 @@ class _PoolFinder:
         owner = ""
         added: tuple[GatedOperation, ...] = ()
         if self.multipool.identity:
-            owner = identity_owner(node, self.network, self.config, self.aliased)
+            excluded = self.aliased | self.refused.keys()
+            owner = identity_owner(node, self.network, self.config, excluded)
             added = (GatedOperation(name, 0, selector=name, branches=(closed,)),)
         site = Site(
             name=name,
@@ -283,6 +300,7 @@ class _PoolFinder:
                 selector=name,
             ),
             input_size=(int(shape[2]), int(shape[3])),
+            output_size=_size(node),
             layers=(name,),
             selector=spec,
             window=window,
@@ -295,7 +313,8 @@ class _PoolFinder:
         """All ASPP modules.
 
         Raises:
-            PagError: There is none, or a convolution in one is pooled by itself.
+            PagError: There is none, one cannot be rewritten, or a convolution in one is pooled by
+            itself.
         """
         sites = [site for node in self.network.graph.nodes for site in self._aspp_site(node)]
         if not sites:
@@ -304,6 +323,9 @@ class _PoolFinder:
                 "global mean, followed by a 1x1 convolution, such as DeepLabV3 has"
             )
         for site in sites:
+            if site.owner in self.refused:
+                reason = self.refused[site.owner]
+                raise PagError(f"multipool.aspp: {site.owner} cannot be rewritten: {reason}")
             if taken & set(site.layers):
                 raise PagError(
                     f"multipool.sites: {sorted(taken & set(site.layers))} belong to the ASPP "
@@ -324,7 +346,7 @@ class _PoolFinder:
         if entry is None or self._inside(entry, owner):
             return
         chains = [chain[: chain.index(entry)] for chain in chains]
-        means = [any(operator_name(n) in GLOBAL_MEANS for n in chain) for chain in chains]
+        means = [any(operator_name(n) in _GLOBAL_MEANS for n in chain) for chain in chains]
         local = [k for k, mean in enumerate(means) if not mean]
         if sum(means) != 1 or not all(self._is_local(chains[k], cat, owner) for k in local):
             return
@@ -378,6 +400,7 @@ class _PoolFinder:
                 tuple(operations), gate_macs=spec.reduce_macs + spec.choose_macs, selector=name
             ),
             input_size=(int(shape[2]), int(shape[3])),
+            output_size=_size(projection),
             layers=tuple(dict.fromkeys(operation.name for operation in operations)),
             selector=spec,
             branches=tuple(branches),
@@ -388,8 +411,12 @@ class _PoolFinder:
         """Tell whether a node is a 1x1 convolution of all channels."""
         if node is None or operator_name(node) != "conv2d" or not self._poolable(node):
             return False
-        window = conv_window(node)
-        return window.kernel == (1, 1) and window.stride == (1, 1) and _groups(node) == 1
+        window = node_window(node)
+        return (
+            window.kernel == (1, 1)
+            and window.stride == (1, 1)
+            and conv_arguments(node)["groups"] == 1
+        )
 
     def _poolable(self, node: Node) -> bool:
         name = self._parameter_owner(node.args[1])
@@ -406,7 +433,7 @@ class _PoolFinder:
         convolutions = [node for node in chain if operator_name(node) == "conv2d"]
         if not convolutions or not all(self._poolable(node) for node in convolutions):
             return False
-        windows = [conv_window(node) for node in convolutions]
+        windows = [node_window(node) for node in convolutions]
         try:
             check_same(windows[-1], padding_total(convolutions[-1]))
         except NotPixelLocalError:
@@ -449,8 +476,9 @@ def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _groups(conv: Node) -> int:
-    return conv.args[6] if len(conv.args) > 6 else conv.kwargs.get("groups", 1)
+def _size(node: Node) -> tuple[int, int]:
+    height, width = node.meta["val"].shape[2:]
+    return int(height), int(width)
 
 
 def _chain(end: Node) -> list[Node]:
@@ -473,5 +501,5 @@ def _common_start(chains: list[list[Node]]) -> Node | None:
 
 def _rate(chain: list[Node]) -> int:
     """Dilation of a branch; 0 if it has no kernel larger than 1x1."""
-    windows = [conv_window(node) for node in chain if operator_name(node) == "conv2d"]
+    windows = [node_window(node) for node in chain if operator_name(node) == "conv2d"]
     return max((w.dilation[0] for w in windows if w.kernel != (1, 1)), default=0)

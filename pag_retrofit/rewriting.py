@@ -8,13 +8,26 @@ from typing import Any
 
 from torch import fx, nn
 
-from pag_retrofit.functional import apply_mask, mask_pool_input, mix, renormalize_pool, subsample
+from pag_retrofit.functional import (
+    apply_mask,
+    mask_as,
+    mask_pool_input,
+    mix,
+    renormalize_pool,
+    subsample,
+)
 from pag_retrofit.gates import Gate
-from pag_retrofit.sites import ACTIVATIONS, Node, Site
+from pag_retrofit.locality import ACTIVATIONS, Node, Pool
+from pag_retrofit.sites import Site
 from pag_retrofit.tracing import UntraceableError, ancestors, trace_block
 
 _ADDS = ("add", "iadd", "add_")
-_POOLS = ("mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d")
+_POOLS = {
+    "mean": "mean",
+    "adaptive_avg_pool2d": "mean",
+    "AdaptiveAvgPool2d": "mean",
+    "norm": "norm",
+}
 
 
 class GatedBlock(fx.GraphModule):
@@ -88,18 +101,29 @@ class BlockRewriter:
     Args:
         block: The module that owns the sites; it is not modified.
         path: Its path in the network.
-        leaves: Paths inside the block of modules that are rewritten themselves; they are called,
-            not traced through.
+        layers: All layers that the network's forward pass uses.
+        opened: Paths inside the block of modules to trace through; None for all.
+        leaves: Paths inside the block of modules that are rewritten themselves.
+        constants: Arguments of the block that have one value in every call.
 
     Raises:
         UntraceableError: The block cannot be traced.
     """
 
-    def __init__(self, block: nn.Module, path: str, leaves: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        block: nn.Module,
+        path: str,
+        layers: frozenset[str],
+        opened: frozenset[str] | None,
+        leaves: frozenset[str],
+        constants: dict[str, Any],
+    ):
         """Trace the block."""
         self.block = block
         self.path = path
-        self.graph = trace_block(block, leaves)
+        self.layers = layers
+        self.graph = trace_block(block, opened, leaves, constants)
         self.gates: dict[str, nn.Module] = {}
 
     def insert(self, site: Site, gate: Gate) -> None:
@@ -119,26 +143,31 @@ class BlockRewriter:
         return GatedBlock.from_block(self.block, self.graph, self.gates)
 
     def _insert_branch(self, site: Site, gate: Gate) -> None:
+        assert site.add_index is not None
         add = self._addition(site.add_index)
         branch, shortcut = add.args[site.operand], add.args[1 - site.operand]
         inside = self._exclusive(branch, shortcut)
         entry = self._entry(inside)
         self._check_layers(site, inside)
-        pools = [n for n in inside if self._kind(n) in _POOLS and n.args[0] in inside]
-        if len(pools) != site.pools:
+        pools = [n for n in inside if self._is_pool(n) and n.args[0] in inside]
+        if [_POOLS[self._kind(n)] for n in pools] != [pool.operator for pool in site.pools]:
             raise UntraceableError(
-                f"{len(pools)} global means found in the block, {site.pools} in the exported graph"
+                f"{len(pools)} reductions over pixels found in the block, {len(site.pools)} in "
+                "the exported graph"
             )
         mask = self._call_gate(
             "pag_gate" + (f"_{site.add_index}" if site.add_index else ""), gate, entry
         )
-        for pool in pools:
-            self._mask_pool(pool, mask)
+        for node, pool in zip(pools, site.pools, strict=True):
+            self._mask_pool(node, mask, pool)
         with self.graph.inserting_before(add):
-            gated = self.graph.call_function(apply_mask, (branch, mask))
+            gated = self.graph.call_function(apply_mask, (branch, self._laid(mask, site.layout)))
         arguments = list(add.args)
         arguments[site.operand] = gated
         add.args = tuple(arguments)
+
+    def _laid(self, mask: Node, layout: str) -> Node:
+        return mask if layout == "BCHW" else self.graph.call_function(mask_as, (mask, layout))
 
     def _insert_identity(self, site: Site, gate: Gate) -> None:
         call = self._only_call(site)
@@ -191,15 +220,25 @@ class BlockRewriter:
         with self.graph.inserting_after(after):
             return self.graph.create_node("call_module", name, (entry,))
 
-    def _mask_pool(self, pool: Node, mask: Node) -> None:
-        source = pool.args[0]
-        with self.graph.inserting_before(pool):
-            masked = self.graph.call_function(mask_pool_input, (source, mask))
-        pool.args = (masked, *pool.args[1:])
-        with self.graph.inserting_after(pool):
+    def _is_pool(self, node: Node) -> bool:
+        """Tell a reduction over pixels from one over channels: it goes over two axes, or pools."""
+        kind = self._kind(node)
+        if kind not in _POOLS or not node.args:
+            return False
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        return "pool" in kind.lower() or (isinstance(dims, list | tuple) and len(dims) == 2)
+
+    def _mask_pool(self, node: Node, mask: Node, pool: Pool) -> None:
+        with self.graph.inserting_before(node):
+            laid = self._laid(mask, pool.layout)
+            masked = self.graph.call_function(mask_pool_input, (node.args[0], laid))
+        node.args = (masked, *node.args[1:])
+        if pool.operator == "norm":
+            return  # the sum of squares over computed pixels; only its ratios are used
+        with self.graph.inserting_after(node):
             renormalized = self.graph.call_function(renormalize_pool)
-        pool.replace_all_uses_with(renormalized)
-        renormalized.args = (pool, mask)
+        node.replace_all_uses_with(renormalized)
+        renormalized.args = (node, mask)
 
     def _addition(self, index: int) -> Node:
         """The block's own addition with an index, counted as in the exported graph."""
@@ -242,16 +281,18 @@ class BlockRewriter:
         for node in inside:
             if node.op == "call_module":
                 module = self.block.get_submodule(str(node.target))
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    traced.add(f"{self.path}.{node.target}")
-        if traced != set(site.layers):
+                for name, _ in module.named_modules(prefix=f"{self.path}.{node.target}"):
+                    traced.add(name)
+        if traced & self.layers != set(site.layers) & self.layers:
             raise UntraceableError(
-                f"the traced branch holds {sorted(traced)}, the exported one {sorted(site.layers)}"
+                f"the traced branch holds {sorted(traced & self.layers)}, the exported one "
+                f"{sorted(site.layers)}"
             )
 
     def _kind(self, node: Node) -> str:
         if node.op == "call_module":
-            return type(self.block.get_submodule(str(node.target))).__name__
+            gate = self.gates.get(str(node.target))
+            return type(gate or self.block.get_submodule(str(node.target))).__name__
         if node.op == "call_method":
             return str(node.target)
         return getattr(node.target, "__name__", "") if node.op == "call_function" else ""

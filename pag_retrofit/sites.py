@@ -1,6 +1,6 @@
 """Finding sites: which parts of a network can be computed pixel by pixel on demand.
 
-Works on the exported graph alone (operators, shapes, owners), so it knows no class names.
+Works on the exported graph (operators, shapes, owners), so it knows no class names of networks.
 """
 
 from __future__ import annotations
@@ -8,38 +8,32 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from torch import fx, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.cost import GatedOperation, SelectorSpec, SiteCost
 from pag_retrofit.functional import Window
-from pag_retrofit.tracing import NetworkGraph, ancestors
-
-# An fx.Node. Its arguments are typed as a union of all that a graph may hold, which only operator
-# names narrow, so a checker can make nothing of them.
-Node = Any
-
-ACTIVATIONS = frozenset(
-    "relu relu_ relu6 silu silu_ gelu hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh "
-    "hardtanh_ leaky_relu leaky_relu_ elu elu_ mish mish_ sigmoid sigmoid_ tanh softplus "
-    "prelu".split()
+from pag_retrofit.locality import (
+    ACTIVATIONS,
+    LAYERS,
+    ZERO_PRESERVING,
+    BranchAnalysis,
+    Node,
+    NotPixelLocalError,
+    Pool,
+    macs_per_pixel,
+    node_macs,
+    operator_name,
+    pair,
 )
-POINTWISE = ACTIVATIONS | frozenset(
-    "add add_ sub mul mul_ div neg exp sqrt rsqrt pow clamp clamp_min dropout dropout_ "
-    "feature_dropout clone contiguous to alias detach batch_norm".split()
-)
-CONVOLUTIONS = frozenset({"conv2d"})
-GLOBAL_MEANS = frozenset({"mean", "adaptive_avg_pool2d"})
+from pag_retrofit.tracing import LAYER_TYPES, ConvCall, NetworkGraph, ancestors
 
-
-class NotPixelLocalError(Exception):
-    """A branch that cannot be computed pixel by pixel; the message says why."""
+LAYOUTS = ("BCHW", "BHWC", "BNC")
 
 
 @dataclass(frozen=True)
@@ -47,17 +41,21 @@ class Site:
     """A place whose per-pixel compute can be gated.
 
     Args:
-        name: Path of the block (branch) or of the convolution.
+        name: Path of the block (branch) or of the module.
         kind: `"branch"`, `"conv"`, `"multipool"` or `"aspp"`.
         owner: Path of the module that is rewritten.
-        bypass: What closed pixels get: `"shortcut"`, `"identity"` or `"collapsed"`.
+        bypass: What closed pixels get: `"shortcut"`, `"identity"`, `"collapsed"`, `"coarse"`.
         channels: Of the gate's input.
         cost: Model of its MACs.
-        input_size: (H, W) of the gate's input, at the example input.
-        add_index: Branch: which of the owner's own additions joins it to the shortcut.
+        input_size: (H, W) of the gate's input, at the example input; (N, 1) for tokens.
+        output_size: (h, w) of its mask.
+        maps: Of that size per image; more than one for windows of a transformer.
+        layout: Axes of the gate's input.
+        add_index: Branch: which of the owner's own additions joins it to the shortcut; None if
+            the module `name` alone is rewritten, whose output reaches the addition unchanged.
         operand: Branch: which side of that addition it is.
-        pools: Branch: how many global means inside it pool over gated pixels.
-        layers: Branch: every convolution and linear layer inside, per-image ones included.
+        pools: Branch: reductions inside it that go over gated pixels.
+        layers: Every convolution and linear layer inside, per-image ones included.
         selector: MultiPool, ASPP: shape of the selector.
         window: MultiPool: of the convolution.
         inside: MultiPool: the branch site that it lies in and that counts its MACs, if one does.
@@ -70,18 +68,38 @@ class Site:
     channels: int
     cost: SiteCost
     input_size: tuple[int, int]
-    add_index: int = 0
+    output_size: tuple[int, int]
+    maps: int = 1
+    layout: str = "BCHW"
+    add_index: int | None = None
     operand: int = 0
-    pools: int = 0
+    pools: tuple[Pool, ...] = ()
     layers: tuple[str, ...] = ()
     selector: SelectorSpec | None = None
     window: Window | None = None
     inside: str = ""
 
     @property
+    def is_one_module(self) -> bool:
+        """Whether the module `name` is replaced as a whole, and no block around it rewritten."""
+        if self.kind == "branch":
+            return self.add_index is None
+        return self.kind != "aspp" and self.owner == self.name
+
+    @property
     def macs(self) -> int:
         """MACs of the gated operations in the original network, per image at the example."""
-        return self.cost.full_macs(self.input_size)
+        return self.maps * self.cost.full_macs(self.input_size, self.output_size)
+
+    @property
+    def gate_macs(self) -> int:
+        """MACs of the gate, per image at the example."""
+        return self.maps * self.cost.gate_macs_total(self.output_size)
+
+    @property
+    def floor_macs(self) -> int:
+        """MACs with every pixel closed, per image at the example."""
+        return self.maps * self.cost.floor_macs(self.output_size)
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,7 @@ def find_sites(
     model: nn.Module,
     network: NetworkGraph,
     config: RetrofitConfig,
+    refused: Mapping[str, str],
     *,
     pooled: Mapping[str, Window] = MappingProxyType({}),
     covered: Collection[str] = (),
@@ -116,36 +135,40 @@ def find_sites(
 
     Args:
         model: The network.
-        network: Its graph.
-        config: What is gated and how.
+        network: Its exported graph.
+        config: What is asked for.
+        refused: Owners whose blocks turned out not to be rewritable, with the reason.
         pooled: MultiPool convolution -> window; such a one gets no site here, yet branches may
             hold it.
         covered: Layers that other sites hold.
     """
-    finder = _Finder(model, network, config)
+    finder = _Finder(model, network, config, refused)
     finder.pooled = pooled
     finder.covered.update(covered)
     return finder.run()
 
 
-def operator_name(node: Node) -> str:
-    """Name of an ATen operator without namespace and overload; "" for anything else."""
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    return schema.name.split("::")[1] if schema is not None else ""
-
-
 class _Finder:
-    def __init__(self, model: nn.Module, network: NetworkGraph, config: RetrofitConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        network: NetworkGraph,
+        config: RetrofitConfig,
+        refused: Mapping[str, str],
+    ):
         self.network = network
         self.config = config
+        self.refused = refused
         self.modules = dict(model.named_modules(remove_duplicate=False))
         names = Counter(id(module) for module in self.modules.values())
         self.aliased = {path for path, module in self.modules.items() if names[id(module)] > 1}
         self.nodes = list(network.graph.nodes)
         self.ancestors = ancestors(network.graph)
+        self.owned: dict[str, set[Node]] = defaultdict(set)
         self.layer_of: dict[Node, str] = {}
-        self.calls: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
         self.covered: set[str] = set()
+        self.per_image: set[str] = set()
         self.pooled: Mapping[str, Window] = {}
         self.found = Findings()
 
@@ -163,60 +186,83 @@ class _Finder:
 
     def _list_layers(self) -> None:
         for node in self.nodes:
-            if operator_name(node) not in ("conv2d", "linear", "conv_transpose2d", "conv1d"):
-                continue
-            weight = self.network.parameter_of.get(node.args[1].name, "")
-            name = weight.removesuffix(".weight") if weight.endswith(".weight") else node.name
-            if name != node.name:
-                self.layer_of[node] = name
-            self.calls[name] = self.calls.get(name, 0) + 1
-            earlier = self.found.layers.get(name)
-            macs = _node_macs(node) + (earlier.macs if earlier else 0)
-            self.found.layers[name] = Layer(name, operator_name(node), macs)
-            if name == node.name:
-                self.found.reasons[name] = "its weight is computed in the forward pass"
+            if node.op == "call_function":
+                for path in _prefixes(self.network.owner(node)):
+                    self.owned[path].add(node)
+            if operator_name(node) in LAYERS:
+                self._list_layer(node)
+        counted: set[nn.Module] = set()
         for name, module in self.modules.items():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
-                if name not in self.found.layers:
-                    self.found.layers[name] = Layer(name, type(module).__name__.lower(), 0)
-                    self.found.reasons[name] = "the forward pass does not use it"
+            if isinstance(module, LAYER_TYPES) and name not in self.found.layers:
+                known = self.network.failure and module not in counted
+                macs = self.network.observed.layer_macs.get(name, 0) if known else 0
+                counted.add(module)
+                self.found.layers[name] = Layer(name, type(module).__name__.lower(), macs)
+                unused = "the forward pass does not use it"
+                self.found.reasons[name] = self.network.failure if macs else unused
+
+    def _list_layer(self, node: Node) -> None:
+        name = self._layer_name(node)
+        self.layer_of[node] = name
+        self.calls[name] += 1
+        earlier = self.found.layers.get(name)
+        macs = node_macs(node) // self.network.observed.images + (earlier.macs if earlier else 0)
+        self.found.layers[name] = Layer(name, operator_name(node), macs)
+        if name not in self.modules:
+            self.found.reasons[name] = "its weight belongs to no layer"
+
+    def _layer_name(self, node: Node) -> str:
+        """Path of the layer; of the weight, or the node's name, where no layer computes it."""
+        weight = self.network.parameter_of.get(node.args[1].name, "")
+        owner = self.network.owner(node)
+        for path in (weight.removesuffix(".weight"), owner):
+            if isinstance(self.modules.get(path), LAYER_TYPES):
+                return path
+        return weight or node.name
 
     # --- residual branches ----------------------------------------------------------------
 
     def _find_branches(self) -> None:
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         for node in self.nodes:
             operands = _added_tensors(node)
             if operands is None:
                 continue
             owner = self.network.owner(node)
-            index = seen.get(owner, 0)
-            seen[owner] = index + 1
-            self._try_add(node, operands, owner, index)
+            self._try_add(node, operands, owner, seen[owner])
+            seen[owner] += 1
 
     def _try_add(self, add: Node, operands: tuple[Node, Node], owner: str, index: int) -> None:
-        """Accept the heavier side of an addition as a branch, or note why not."""
+        """Accept the heavier side of an addition as a branch, or its end, or note why not."""
         sides = []
         for side in (0, 1):
             inside = self._exclusive(operands[side], operands[1 - side])
-            macs = sum(_node_macs(node) for node in inside)
+            macs = sum(node_macs(node) for node in inside)
             if macs and all(self._is_inside(node, owner) for node in inside):
                 sides.append((macs, side, inside))
         if not sides:
             return
         macs, side, inside = max(sides, key=lambda item: item[0])
-        names = tuple(self.layer_of.get(node, node.name) for node in inside if _node_macs(node))
-        name = owner if index == 0 else f"{owner}.add{index}"
+        key = (owner if index == 0 else f"{owner}.add{index}", owner, index, side)
         try:
-            site = self._branch_site(add, operands[side], inside, (name, owner, index, side))
+            site = self._branch_site(add, operands[side], inside, key)
         except NotPixelLocalError as reason:
-            for layer in names:
-                self.found.reasons[layer] = f"residual branch of {owner or 'the network'}: {reason}"
-            return
+            for node in inside:
+                if node in self.layer_of and self.layer_of[node] not in self.covered:
+                    self.found.reasons[self.layer_of[node]] = (
+                        f"residual branch of {owner or 'the network'}: {reason}"
+                    )
+            wrapped = self._branch_end_site(operands[side], inside, owner)
+            if wrapped is None:
+                return
+            site = wrapped
         self.found.sites.append(site)
         self.covered.update(operation.name for operation in site.cost.operations)
-        for layer in set(names) - self.covered:
-            self.found.reasons[layer] = f"computed once per image, inside the branch {name}"
+        for layer in self.covered:
+            self.found.reasons.pop(layer, None)
+        for layer in set(site.layers) - self.covered:
+            self.per_image.add(layer)
+            self.found.reasons[layer] = f"computed once per image, inside the branch {site.name}"
 
     def _branch_site(
         self, add: Node, end: Node, inside: list[Node], key: tuple[str, str, int, int]
@@ -226,60 +272,105 @@ class _Finder:
             raise NotPixelLocalError("the addition is in the forward of the network itself")
         if owner in self.aliased:
             raise NotPixelLocalError(f"{owner} has several names in the network")
+        if owner in self.refused:
+            raise NotPixelLocalError(self.refused[owner])
+        entry = _entry(end, inside, {add}, self.network)
+        return self._pixel_local_site(name, owner, entry, end, inside, (index, side))
+
+    def _branch_end_site(self, end: Node, inside: list[Node], owner: str) -> Site | None:
+        """The heaviest module whose masked output reaches the addition as it is, if any."""
+        members = set(inside)
+        paths = {p for n in inside if node_macs(n) for p in _prefixes(self.network.owner(n))}
+        for path in sorted(paths, key=lambda p: -sum(node_macs(n) for n in self.owned[p])):
+            if not path or path in self.aliased or path in self.refused:
+                continue
+            nodes = self.owned[path]
+            if not nodes <= members or path == owner:
+                continue
+            ordered = [node for node in inside if node in nodes]
+            try:
+                if not _reaches(ordered[-1], end):
+                    continue
+                readers = set(ordered[-1].users)
+                entry = _entry(ordered[-1], ordered, readers, self.network)
+                return self._pixel_local_site(path, path, entry, ordered[-1], ordered, None)
+            except NotPixelLocalError:
+                continue
+        return None
+
+    def _pixel_local_site(
+        self,
+        name: str,
+        owner: str,
+        entry: Node,
+        end: Node,
+        inside: list[Node],
+        place: tuple[int, int] | None,
+    ) -> Site:
         self._check_wanted(name)
-        entry = self._entry(end, inside, add)
-        analysis = _BranchAnalysis(self.network, set(inside), entry, end)
-        names = {node: self.layer_of.get(node, "") for node in inside}
-        analysis.choosing = {
-            node: self.pooled[name] for node, name in names.items() if name in self.pooled
-        }
-        operations = analysis.run()
-        for node in inside:
-            layer = self.layer_of.get(node)
+        layers = [self.layer_of[node] for node in inside if node_macs(node)]
+        for layer in layers:
             if layer in self.covered:
                 raise NotPixelLocalError("it holds another site")
-            if _node_macs(node) and self.calls.get(layer or node.name, 1) > 1:
+            if self.calls[layer] > 1:
                 raise NotPixelLocalError(f"{layer} is used more than once")
-        channels = self.network.value(entry).shape[1]
+        analysis, operations = self._analyse(entry, end, inside)
+        if place is None and analysis.pools:
+            raise NotPixelLocalError("it pools over its pixels")
+        shape = tuple(int(n) for n in self.network.value(entry).shape)
+        channels = shape[analysis.layout.index("C")]
         cost = SiteCost(
             tuple(
-                GatedOperation(self.layer_of.get(node, node.name), macs_per_pixel(node), paths)
+                GatedOperation(self.layer_of[node], macs_per_pixel(node), paths)
                 for node, paths in operations
             ),
             gate_macs=channels,
             stride=analysis.stride,
         )
-        self._check_worth(cost, self._input_size(entry))
-        return Site(
+        if not operations:
+            raise NotPixelLocalError("nothing in it is computed per pixel")
+        sizes = [
+            _map_size(self.network.value(node).shape, analysis.layout) for node in (entry, end)
+        ]
+        site = Site(
             name=name,
             kind="branch",
             owner=owner,
             bypass="shortcut",
             channels=channels,
             cost=cost,
-            input_size=self._input_size(entry),
-            add_index=index,
-            operand=side,
-            pools=analysis.pools,
-            layers=tuple(self.layer_of.get(n, n.name) for n in inside if _node_macs(n)),
+            input_size=sizes[0],
+            output_size=sizes[1],
+            maps=max(shape[0] // self.network.observed.images, 1),
+            layout=analysis.layout,
+            add_index=place[0] if place else None,
+            operand=place[1] if place else 0,
+            pools=tuple(analysis.pools),
+            layers=tuple(layers),
         )
+        self._check_worth(site)
+        return site
 
-    def _entry(self, end: Node, inside: list[Node], add: Node) -> Node:
-        """The one tensor that a branch reads; nothing in it may be read from elsewhere."""
-        members = set(inside)
-        for node in inside:
-            allowed = {add} if node is end else members
-            if any(user not in allowed for user in node.users):
-                raise NotPixelLocalError(f"{operator_name(node)} inside it is read from outside")
-        entries = {
-            parent
-            for node in inside
-            for parent in node.all_input_nodes
-            if parent not in members and parent.name not in self.network.parameter_of
-        }
-        if len(entries) != 1:
-            raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
-        return entries.pop()
+    def _analyse(
+        self, entry: Node, end: Node, inside: list[Node]
+    ) -> tuple[BranchAnalysis, list[tuple[Node, tuple]]]:
+        """Analyse a branch in the first layout that explains it."""
+        rank = len(self.network.value(entry).shape)
+        layouts = [layout for layout in LAYOUTS if len(layout) == rank]
+        if not layouts:
+            raise NotPixelLocalError(f"its input has {rank} axes: neither a map nor tokens")
+        names = {node: self.layer_of.get(node, "") for node in inside}
+        choosing = {n: self.pooled[name] for n, name in names.items() if name in self.pooled}
+        furthest: tuple[int, NotPixelLocalError] | None = None
+        for layout in layouts:
+            analysis = BranchAnalysis(self.network, set(inside), entry, end, layout, choosing)
+            try:
+                return analysis, analysis.run()
+            except NotPixelLocalError as reason:
+                if furthest is None or len(analysis.axes) > furthest[0]:
+                    furthest = len(analysis.axes), reason
+        assert furthest is not None
+        raise furthest[1]
 
     def _exclusive(self, branch: Node, shortcut: Node) -> list[Node]:
         """Nodes that only one side of an addition depends on, in the order of the graph."""
@@ -294,19 +385,20 @@ class _Finder:
         path = self.network.owner(node)
         return not owner or path == owner or path.startswith(owner + ".")
 
-    # --- plain convolutions ---------------------------------------------------------------
+    # --- single convolutions --------------------------------------------------------------
 
     def _find_convolutions(self) -> None:
-        for node in self.nodes:
-            name = self.layer_of.get(node)
-            if name is None or name in self.covered or name in self.pooled:
+        node_of = {name: node for node, name in self.layer_of.items()}
+        for name, layer in self.found.layers.items():
+            if name in self.covered | self.per_image | self.pooled.keys() or not layer.macs:
                 continue
-            if operator_name(node) != "conv2d":
-                kind = operator_name(node).replace("_", " ")
+            call = self.network.observed.calls.get(name)
+            if call is None:
+                kind = layer.kind.replace("_", " ")
                 self.found.reasons.setdefault(name, f"a {kind} layer outside a residual branch")
                 continue
             try:
-                site = self._conv_site(node, name)
+                site = self._conv_site(name, call, node_of.get(name))
             except NotPixelLocalError as reason:
                 text = str(reason)
                 earlier = self.found.reasons.get(name)
@@ -316,62 +408,64 @@ class _Finder:
             self.found.sites.append(site)
             self.covered.add(name)
 
-    def _conv_site(self, node: Node, name: str) -> Site:
-        module = self.modules[name]
-        window = conv_window(node)
-        if window.kernel == (1, 1):
-            raise NotPixelLocalError("a 1x1 convolution has no cheaper bypass")
-        if type(module) is not nn.Conv2d:
-            raise NotPixelLocalError(f"{type(module).__name__} computes its own way")
-        if self.calls[name] > 1:
+    def _conv_site(self, name: str, call: ConvCall, node: Node | None) -> Site:
+        conv = self.modules[name]
+        assert isinstance(conv, nn.Conv2d)
+        taps = math.prod(conv.kernel_size)
+        if taps == 1 and self.config.scope == "conv":
+            raise NotPixelLocalError("scope='conv' gates convolutions larger than 1x1")
+        if call.times > 1:
             raise NotPixelLocalError("it is used more than once")
         if name in self.aliased:
             raise NotPixelLocalError("it has several names in the network")
+        if name in self.refused:
+            raise NotPixelLocalError(self.refused[name])
         self._check_wanted(name)
-        check_same(window, padding_total(node))
-        owner = identity_owner(node, self.network, self.config, self.aliased)
-        channels = self.network.value(node.args[0]).shape[1]
-        taps = window.kernel[0] * window.kernel[1]
+        offset = _centre_offset(conv, call)
+        excluded = self.aliased | self.refused.keys()
+        owner = "" if node is None else identity_owner(node, self.network, self.config, excluded)
+        bypass = "identity" if owner else "collapsed" if taps > 1 else "coarse"
+        macs = math.prod(conv.weight.shape)
         cost = SiteCost(
-            (GatedOperation(name, macs_per_pixel(node)),),
-            gate_macs=channels,
-            bypass_macs=0 if owner else macs_per_pixel(node) // taps,
-            stride=window.stride,
+            (GatedOperation(name, macs),),
+            gate_macs=conv.in_channels,
+            bypass_macs=macs // taps if bypass == "collapsed" else 0,
+            stride=pair(conv.stride),
+            offset=offset,
+            coarse=bypass == "coarse",
         )
-        input_size = self._input_size(node.args[0])
-        self._check_worth(cost, input_size)
-        return Site(
+        site = Site(
             name=name,
             kind="conv",
             owner=owner or name,
-            bypass="identity" if owner else "collapsed",
-            channels=channels,
+            bypass=bypass,
+            channels=conv.in_channels,
             cost=cost,
-            input_size=input_size,
+            input_size=call.input_size,
+            output_size=call.output_size,
+            maps=max(call.maps // self.network.observed.images, 1),
             layers=(name,),
         )
+        self._check_worth(site)
+        return site
 
-    # --- checks and counts ----------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------
 
     def _check_wanted(self, name: str) -> None:
         included = any(fnmatch.fnmatchcase(name, p) for p in self.config.include)
         if not included or any(fnmatch.fnmatchcase(name, p) for p in self.config.exclude):
             raise NotPixelLocalError("left out by include/exclude")
 
-    def _check_worth(self, cost: SiteCost, size: tuple[int, int]) -> None:
-        share = cost.full_macs(size) / max(self.network.total_macs, 1)
+    def _check_worth(self, site: Site) -> None:
+        share = site.macs / max(self.network.total_macs, 1)
         if share < self.config.min_share:
             raise NotPixelLocalError(f"below min_share={self.config.min_share:g} of the MACs")
-        if cost.floor_macs(size) >= cost.full_macs(size):
+        if site.floor_macs >= site.macs:
             raise NotPixelLocalError("its gate and bypass cost as much as it does")
-
-    def _input_size(self, node: Node) -> tuple[int, int]:
-        shape = self.network.value(node).shape
-        return int(shape[2]), int(shape[3])
 
 
 def identity_owner(
-    conv: Node, network: NetworkGraph, config: RetrofitConfig, aliased: Collection[str]
+    conv: Node, network: NetworkGraph, config: RetrofitConfig, excluded: Collection[str]
 ) -> str:
     """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
     wanted = config.bypass
@@ -387,206 +481,40 @@ def identity_owner(
             break
         paths.append(network.owner(node))
     owner = _common_parent(paths)
-    return "" if owner in aliased else owner
+    return "" if owner in excluded else owner
 
 
-class _BranchAnalysis:
-    """Walks a branch to learn which pixels of each operation an output mask needs.
-
-    Forward it follows the order of the axes and the stride, backward the windows.
-    """
-
-    def __init__(self, network: NetworkGraph, inside: set[Node], entry: Node, end: Node):
-        self.network = network
-        self.order = [node for node in network.graph.nodes if node in inside]
-        self.inside = inside
-        self.entry = entry
-        self.end = end
-        self.axes: dict[Node, str] = {entry: "BCHW"}
-        self.strides: dict[Node, tuple[int, int]] = {entry: (1, 1)}
-        self.per_image: set[Node] = set()
-        self.pooled: list[Node] = []
-        self.choosing: Mapping[Node, Window] = {}
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        return self.strides[self.end]
-
-    @property
-    def pools(self) -> int:
-        return len(self.pooled)
-
-    def run(self) -> list[tuple[Node, tuple[tuple[Window, ...], ...]]]:
-        """Return the operations with the windows between the branch's end and them."""
-        shape = self.network.value(self.entry).shape
-        if len(shape) != 4:
-            raise NotPixelLocalError(f"its input has {len(shape)} axes, not (B, C, H, W)")
-        for node in self.order:
-            self._forward(node)
-        if self.end in self.per_image or self.axes[self.end] != "BCHW":
-            raise NotPixelLocalError("its output is not laid out as (B, C, H, W)")
-        return self._backward()
-
-    def _tensors(self, node: Node) -> list[Node]:
-        return [n for n in node.all_input_nodes if n in self.inside or n is self.entry]
-
-    def _forward(self, node: Node) -> None:
-        name = operator_name(node)
-        inputs = self._tensors(node)
-        spatial = [n for n in inputs if n not in self.per_image]
-        if inputs and not spatial:
-            self.per_image.add(node)
-            return
-        if not inputs:  # a value made of parameters, such as a layer scale
-            self.per_image.add(node)
-            return
-        if len({self.axes[n] for n in spatial}) > 1 or len({self.strides[n] for n in spatial}) > 1:
-            raise NotPixelLocalError(f"{name} joins maps of different layouts")
-        axes, stride = self.axes[spatial[0]], self.strides[spatial[0]]
-        if name in GLOBAL_MEANS:
-            self._pool(node, spatial[0], axes)
-            return
-        self.axes[node], self.strides[node] = self._local(node, name, axes, stride)
-
-    def _local(
-        self, node: Node, name: str, axes: str, stride: tuple[int, int]
-    ) -> tuple[str, tuple[int, int]]:
-        """Axes and stride after a pixel-local or window operation."""
-        if name in POINTWISE:
-            if name == "batch_norm" and (axes != "BCHW" or node.args[5]):
-                raise NotPixelLocalError("its batch norm uses statistics of the batch")
-            return axes, stride
-        if name == "permute":
-            return "".join(axes[i] for i in node.args[1]), stride
-        if name in ("linear", "layer_norm") and axes[-1] == "C":
-            if name == "linear" or len(node.args[1]) == 1:
-                return axes, stride
-        if name in ("pad", "constant_pad_nd") and all(
-            operator_name(user) == "conv2d" for user in node.users
-        ):
-            return axes, stride  # counted as padding of the convolution that reads it
-        if name in CONVOLUTIONS and axes == "BCHW":
-            window = conv_window(node)
-            check_same(window, padding_total(node))
-            return axes, (stride[0] * window.stride[0], stride[1] * window.stride[1])
-        raise NotPixelLocalError(f"it uses {name or node.name}, not known to be pixel-local")
-
-    def _pool(self, node: Node, source: Node, axes: str) -> None:
-        rank = len(axes)
-        if operator_name(node) == "mean":
-            dims = node.args[1] if len(node.args) > 1 else ()
-            good = sorted(d % rank for d in dims) == [axes.index("H"), axes.index("W")]
-        else:
-            good = axes == "BCHW" and _pair(node.args[1]) == (1, 1)
-        if not good:
-            raise NotPixelLocalError(f"it pools over other axes than H and W ({node.name})")
-        self.per_image.add(node)
-        if source is not self.entry:
-            if axes != "BCHW":
-                raise NotPixelLocalError("it pools a map that is not laid out as (B, C, H, W)")
-            self.pooled.append(source)
-
-    def _backward(self) -> list[tuple[Node, tuple[tuple[Window, ...], ...]]]:
-        paths: dict[Node, set[tuple[Window, ...]]] = {n: set() for n in self.order}
-        paths[self.end] = {()}
-        spatial = [node for node in self.order if node not in self.per_image]
-        for node in reversed(spatial):
-            if not paths[node]:
-                raise NotPixelLocalError(f"nothing but a global mean reads {node.name}")
-            needs = _through(node, paths[node], self.choosing.get(node))
-            for parent in self._tensors(node):
-                if parent is not self.entry:
-                    paths[parent] |= needs
-        if any(paths[source] != {()} for source in self.pooled):
-            raise NotPixelLocalError("it pools over pixels that only the halo computes")
-        layers = [node for node in spatial if operator_name(node) in ("conv2d", "linear")]
-        return [(node, tuple(sorted(paths[node]))) for node in layers]
+def _entry(end: Node, inside: list[Node], readers: set[Node], network: NetworkGraph) -> Node:
+    """The one tensor that a branch reads; nothing in it may be read from elsewhere."""
+    members = set(inside)
+    for node in inside:
+        allowed = readers if node is end else members
+        if any(user not in allowed for user in node.users):
+            raise NotPixelLocalError(f"{operator_name(node)} inside it is read from outside")
+    entries = {
+        parent
+        for node in inside
+        for parent in node.all_input_nodes
+        if parent not in members and parent.name not in network.parameter_of
+    }
+    if len(entries) != 1:
+        raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
+    return entries.pop()
 
 
-def _through(
-    node: Node, paths: set[tuple[Window, ...]], pooled: Window | None
-) -> set[tuple[Window, ...]]:
-    """Paths to the inputs of a node, given those to its output."""
-    if operator_name(node) not in CONVOLUTIONS:
-        return paths
-    window = pooled or conv_window(node)
-    if window.kernel == (1, 1) and window.stride == (1, 1):
-        return paths
-    return {(*path, window) for path in paths}
-
-
-def conv_window(conv: Node) -> Window:
-    """Window of a conv2d node; a zero padding right before it counts as its own."""
-    kernel = conv.args[1].meta["val"].shape[2:]
-    arguments = _conv_arguments(conv)
-    top, left = _padding_before(conv)
-    return Window(
-        (int(kernel[0]), int(kernel[1])),
-        _pair(arguments["stride"]),
-        _pair(arguments["dilation"]),
-        (top, left),
-    )
-
-
-def _conv_arguments(conv: Node) -> dict[str, Any]:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {**defaults, **dict(zip(names, conv.args, strict=False)), **conv.kwargs}
-
-
-def _own_padding(conv: Node) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(total vertical, total horizontal), (top, left) of the convolution's own padding."""
-    arguments = _conv_arguments(conv)
-    if arguments["padding"] == "valid":
-        return (0, 0), (0, 0)
-    if arguments["padding"] == "same":
-        kernel = conv.args[1].meta["val"].shape[2:]
-        dilation = _pair(arguments["dilation"])
-        vertical, horizontal = (int((k - 1) * d) for k, d in zip(kernel, dilation, strict=True))
-        return (vertical, horizontal), (vertical // 2, horizontal // 2)
-    vertical, horizontal = _pair(arguments["padding"])
-    return (2 * vertical, 2 * horizontal), (vertical, horizontal)
-
-
-def pad_before(conv: Node) -> list[int]:
-    """[left, right, top, bottom] of a padding node that feeds a convolution."""
-    source = conv.args[0]
-    if operator_name(source) not in ("pad", "constant_pad_nd"):
-        return [0, 0, 0, 0]
-    mode = source.args[2] if len(source.args) > 2 else source.kwargs.get("mode", "constant")
-    if mode not in ("constant", 0, 0.0) or len(source.args[1]) != 4:
-        raise NotPixelLocalError("it pads with something else than zeros")
-    return list(source.args[1])
-
-
-def _padding_before(conv: Node) -> tuple[int, int]:
-    left, _, top, _ = pad_before(conv)
-    own = _own_padding(conv)[1]
-    return own[0] + top, own[1] + left
-
-
-def padding_total(conv: Node) -> tuple[int, int]:
-    left, right, top, bottom = pad_before(conv)
-    own = _own_padding(conv)[0]
-    return own[0] + top + bottom, own[1] + left + right
-
-
-def check_same(window: Window, padding: tuple[int, int]) -> None:
-    """Refuse a convolution whose map is not its input's size divided by the stride, rounded up.
-
-    Only then is the output pixel of a gate that of the convolution for every input size.
-    """
-    for axis in (0, 1):
-        reach = (window.kernel[axis] - 1) * window.dilation[axis]
-        centred = window.padding[axis] == reach // 2 or window.stride[axis] == 1
-        if padding[axis] != reach or not centred:
-            raise NotPixelLocalError(
-                f"kernel {window.kernel} with padding {padding} in all does not keep the size"
-            )
+def _reaches(node: Node, end: Node) -> bool:
+    """Tell whether a value reaches another node with its zeros where they are."""
+    while node is not end:
+        if len(node.users) != 1:
+            return False
+        node = next(iter(node.users))
+        if operator_name(node) not in ZERO_PRESERVING:
+            return False
+    return True
 
 
 def _added_tensors(node: Node) -> tuple[Node, Node] | None:
-    """The two operands of an addition of tensors of one shape."""
+    """The two operands of an addition of tensors."""
     if operator_name(node) not in ("add", "add_") or len(node.args) < 2:
         return None
     a, b = node.args[:2]
@@ -597,29 +525,37 @@ def _added_tensors(node: Node) -> tuple[Node, Node] | None:
     return a, b
 
 
-def _node_macs(node: Node) -> int:
-    """MACs per image of a convolution or linear node, 0 for anything else."""
-    name = operator_name(node)
-    if name not in ("conv2d", "linear", "conv_transpose2d", "conv1d"):
-        return 0
-    value = node.meta["val"]
-    batch = max(int(value.shape[0]), 1)
-    weight = node.args[1].meta["val"].shape
-    if name == "conv_transpose2d":
-        pixels = math.prod(int(n) for n in node.args[0].meta["val"].shape)
-        return pixels * math.prod(int(n) for n in weight[1:]) // batch
-    return math.prod(int(n) for n in value.shape) * math.prod(int(n) for n in weight[1:]) // batch
+def _map_size(shape: Iterable[int], layout: str) -> tuple[int, int]:
+    sizes = dict(zip(layout, (int(n) for n in shape), strict=True))
+    return (sizes["N"], 1) if "N" in sizes else (sizes["H"], sizes["W"])
 
 
-def macs_per_pixel(node: Node) -> int:
-    return math.prod(int(n) for n in node.args[1].meta["val"].shape)
+def _centre_offset(conv: nn.Conv2d, call: ConvCall) -> tuple[int, int]:
+    """Input pixel at the centre of the first output pixel's window.
+
+    Raises:
+        NotPixelLocalError: The map grows, so that output pixels lack an input pixel.
+    """
+    offset = []
+    for axis in (0, 1):
+        reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+        stride, size, output = conv.stride[axis], call.input_size[axis], call.output_size[axis]
+        used = (output - 1) * stride + reach + 1  # rows that the windows span, padding included
+        if type(conv) is nn.Conv2d and not isinstance(conv.padding, str):
+            top = conv.padding[axis]
+        else:
+            top = max(used - size, 0) // 2
+        start = max(reach // 2 - top, 0)
+        if start + (output - 1) * stride >= size:
+            raise NotPixelLocalError("its output has pixels beyond its input")
+        offset.append(start)
+    return (offset[0], offset[1])
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = list(value)
-    return (values[0], values[-1])
+def _prefixes(path: str) -> list[str]:
+    """A path and all that hold it, the network's own "" included."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
 def _common_parent(paths: list[str]) -> str:

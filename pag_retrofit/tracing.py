@@ -8,17 +8,25 @@ module as a leaf, so that state-dict keys and train/eval behaviour stay those of
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
+import math
+import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pag_retrofit.errors import PagError
+
+LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class UntraceableError(PagError):
@@ -26,18 +34,163 @@ class UntraceableError(PagError):
 
 
 @dataclass(frozen=True)
+class ConvCall:
+    """How a forward pass calls an `nn.Conv2d`, or an instance of a derived class.
+
+    Args:
+        input_size: (H, W).
+        output_size: (h, w).
+        maps: Batch size that it sees.
+        times: Number of calls.
+    """
+
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    maps: int
+    times: int = 1
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts multiply-accumulates by the formulas of `torch.utils.flop_counter`.
+
+    Its own mode follows modules as well, which fails where a parameter is passed to a module
+    without gradients being recorded.
+
+    Attributes:
+        macs: So far.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and count it."""
+        kwargs = kwargs or {}
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is None and func is not torch.ops.prim.device.default:
+            with self:  # in inference mode, operators made of others arrive here whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if flops is not None:
+            self.macs += flops(*args, **kwargs, out_val=result) // 2
+        return result
+
+
+class Observation:
+    """What one forward pass shows: MACs, calls of convolutions, plain arguments of modules.
+
+    Args:
+        images: Batch size of the example.
+
+    Attributes:
+        macs: MACs per image of all operators.
+        layer_macs: Path of a convolution or linear layer -> its MACs per image; a layer with
+            several names is under each of them, here and below.
+        calls: Path of an `nn.Conv2d` -> how it is called.
+        constants: Module path -> its arguments that do not depend on the input (None, flags,
+            rates, names), if every call has the same; None if they differ.
+    """
+
+    def __init__(self, images: int) -> None:
+        """Start with nothing."""
+        self.images = images
+        self.macs = 0
+        self.layer_macs: dict[str, int] = {}
+        self.calls: dict[str, ConvCall] = {}
+        self.constants: dict[str, dict[str, Any] | None] = {}
+
+    def run(self, model: nn.Module, example: Tensor) -> None:
+        """Run a copy of a network in evaluation mode.
+
+        Nothing is computed, unless the network looks at values to decide what to do.
+
+        Raises:
+            PagError: The network does not run on the example.
+        """
+        copied = shadow(model)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                self._run(copied, mode.from_tensor(example))
+        except Exception:
+            try:
+                self._run(shadow(model), example)
+            except Exception as error:
+                raise PagError(
+                    f"example_input of shape {tuple(example.shape)}: {type(model).__name__} does "
+                    f"not run on it ({_first_line(error)}); pass a shape that the network accepts"
+                ) from error
+
+    def _run(self, model: nn.Module, example: Tensor) -> None:
+        for found in (self.layer_macs, self.calls, self.constants):
+            found.clear()
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.register_forward_pre_hook(self._note_arguments(name), with_kwargs=True)
+            if isinstance(module, LAYER_TYPES):
+                module.register_forward_hook(self._note_layer(name))
+        with warnings.catch_warnings(), torch.no_grad(), in_mode(model):
+            warnings.simplefilter("ignore")
+            with MacCounter() as counter:
+                model(example)
+        self.macs = counter.macs // self.images
+
+    def _note_layer(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not inputs or not isinstance(output, Tensor):
+                return
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            counted = inputs[0] if getattr(layer, "transposed", False) else output
+            macs = counted.numel() * math.prod(weight.shape[1:]) // self.images
+            self.layer_macs[name] = self.layer_macs.get(name, 0) + macs
+            if isinstance(layer, nn.Conv2d) and output.dim() == 4:
+                earlier = self.calls.get(name)
+                sizes = [(int(t.shape[2]), int(t.shape[3])) for t in (inputs[0], output)]
+                times = earlier.times + 1 if earlier else 1
+                self.calls[name] = ConvCall(sizes[0], sizes[1], int(output.shape[0]), times)
+
+        return hook
+
+    def _note_arguments(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            constants = {
+                key: value
+                for key, value in bound.arguments.items()
+                if value is None or isinstance(value, bool | float | str)
+            }
+            same = name not in self.constants or self.constants[name] == constants
+            self.constants[name] = constants if same else None
+
+        return hook
+
+
+@dataclass(frozen=True)
 class NetworkGraph:
     """The exported network.
 
     Args:
-        graph: ATen-level graph in evaluation mode.
+        graph: ATen-level graph in evaluation mode; empty if there is a `failure`.
         parameter_of: Placeholder name -> state-dict name of the parameter or buffer.
-        total_macs: Of one forward pass, everything that `FlopCounterMode` counts.
+        observed: What a forward pass showed.
+        failure: Why `torch.export` cannot follow the network, or "".
     """
 
     graph: fx.Graph
     parameter_of: dict[str, str]
-    total_macs: int
+    observed: Observation
+    failure: str = ""
+
+    @property
+    def total_macs(self) -> int:
+        """Of the network, per image."""
+        return self.observed.macs
 
     def owner(self, node: fx.Node) -> str:
         """Path of the innermost module whose forward created a node; "" is the network."""
@@ -72,42 +225,37 @@ def example_tensor(model: nn.Module, example_input: Tensor | tuple[int, ...]) ->
     return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
 
 
+def shadow(module: nn.Module) -> nn.Module:
+    """Copy a module but not its tensors, so that what a trial run caches in it does no harm."""
+    tensors = [*module.parameters(), *module.buffers()]
+    try:
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    except Exception:  # it cannot be copied: hope that it caches nothing
+        return module
+
+
 def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     """Export a network in evaluation mode; the network itself is left as it was.
 
+    A network that runs but cannot be exported gives an empty graph: its convolutions are known
+    from their calls alone.
+
     Raises:
-        PagError: The network does not run on the example, or cannot be exported.
+        PagError: The network does not run on the example.
     """
-    with in_mode(model):
-        macs = _count_macs(model, example)
+    observed = Observation(max(example.shape[0], 1))
+    observed.run(model, example)
+    copied = shadow(model)
+    with in_mode(copied), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(model, (example,), strict=False)
+            exported = torch.export.export(copied, (example,), strict=False)
         except Exception as error:
-            raise PagError(
-                f"{type(model).__name__} runs on {tuple(example.shape)} but torch.export cannot "
-                f"follow it: {_first_line(error)}; retrofit the part of the network that can be "
-                "exported (its encoder, say)"
-            ) from error
+            failure = f"torch.export cannot follow the network: {_first_line(error)}"
+            return NetworkGraph(fx.Graph(), {}, observed, failure)
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return NetworkGraph(exported.graph, dict(names), macs)
-
-
-def _count_macs(model: nn.Module, example: Tensor) -> int:
-    try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            warnings.simplefilter("ignore")
-            counter = FlopCounterMode(display=False)
-            with torch.no_grad(), counter:
-                model(mode.from_tensor(example))
-    except Exception as error:
-        raise PagError(
-            f"example_input of shape {tuple(example.shape)}: {type(model).__name__} does not run "
-            f"on it ({_first_line(error)}); pass a shape that the network accepts"
-        ) from error
-    return counter.get_total_flops() // 2
+    return NetworkGraph(exported.graph, dict(names), observed)
 
 
 def _first_line(error: Exception) -> str:
@@ -127,10 +275,18 @@ def in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 class BlockTracer(fx.Tracer):
-    """Traces one block down to modules that hold no other module, and timm's own leaves."""
+    """Traces one block; modules inside it are called, as far as they need not be looked into.
 
-    def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
-        """Register timm's leaf functions; `leaves` are paths of further leaf modules."""
+    Args:
+        opened: Paths inside the block of modules to trace through; None for every module that
+            holds others, except timm's own leaves.
+        leaves: Paths of modules never to trace through.
+    """
+
+    def __init__(
+        self, opened: frozenset[str] | None = None, leaves: frozenset[str] = frozenset()
+    ) -> None:
+        """Register timm's leaf functions."""
         from timm.models import get_notrace_functions, get_notrace_modules
 
         super().__init__(
@@ -138,29 +294,40 @@ class BlockTracer(fx.Tracer):
         )
         self._leaf_types = (fx.GraphModule, *get_notrace_modules())
         self._leaf_paths = leaves
+        self._opened = opened
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called rather than traced through."""
-        childless = next(m.children(), None) is None
-        named = module_qualified_name in self._leaf_paths
-        return childless or named or isinstance(m, self._leaf_types)
+        if module_qualified_name in self._leaf_paths:
+            return True
+        if self._opened is not None:
+            return module_qualified_name not in self._opened
+        return next(m.children(), None) is None or isinstance(m, self._leaf_types)
 
 
-def trace_block(block: nn.Module, leaves: frozenset[str] = frozenset()) -> fx.Graph:
+def trace_block(
+    block: nn.Module,
+    opened: frozenset[str] | None,
+    leaves: frozenset[str],
+    constants: dict[str, Any],
+) -> fx.Graph:
     """Trace a block so that the graph holds in training and in evaluation.
 
     Args:
         block: The block.
+        opened: Paths inside it of modules to trace through; None for all that hold others.
         leaves: Paths inside it of modules to call rather than trace through.
+        constants: Arguments that have one value in every call; the graph checks that they do.
 
     Raises:
         UntraceableError: It cannot be traced, or its forward depends on the mode.
     """
+    block = shadow(block)
     graphs = []
     for training in (True, False):
         try:
             with in_mode(block, training):
-                graphs.append(BlockTracer(leaves).trace(block))
+                graphs.append(BlockTracer(opened, leaves).trace(block, constants))
         except Exception as error:
             raise UntraceableError(
                 f"{type(block).__name__} cannot be traced ({_first_line(error)})"
@@ -170,7 +337,21 @@ def trace_block(block: nn.Module, leaves: frozenset[str] = frozenset()) -> fx.Gr
         raise UntraceableError(
             f"the forward of {type(block).__name__} differs between training and evaluation"
         )
+    _compare_with_none(graphs[1])
+    names = inspect.signature(block.forward).parameters
+    for node, name in zip(graphs[1].find_nodes(op="placeholder"), names, strict=False):
+        if node.target == f"{name}_{str(node.target).rpartition('_')[2]}":
+            node.target = name  # constants are numbered, which callers by keyword do not know
     return graphs[1]
+
+
+def _compare_with_none(graph: fx.Graph) -> None:
+    """Check arguments that are None by operators: fx cannot unpickle its own check (torch 2.15)."""
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        with graph.inserting_before(node):
+            equal = graph.call_function(operator.eq, (node.args[0], None))
+            graph.call_function(torch._assert, (equal, node.args[1]))
+        graph.erase_node(node)
 
 
 def ancestors(graph: fx.Graph) -> dict[fx.Node, int]:

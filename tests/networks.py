@@ -9,6 +9,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from timm.models.metaformer import MetaFormer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +28,11 @@ class Tiny:
         return (2, 3, 64, 64)
 
 
-def _timm(name: str, sweep: bool = False, **arguments: Any) -> Tiny:
+def _timm(
+    name: str, sweep: bool = False, other_size: tuple[int, int] = (75, 53), **arguments: Any
+) -> Tiny:
     build = lambda: timm.create_model(name, num_classes=5, **arguments)  # noqa: E731
-    return Tiny(name, build, (75, 53), sweep)
+    return Tiny(name, build, other_size, sweep)
 
 
 def _smp(architecture: str, encoder: str, sweep: bool = False) -> Tiny:
@@ -52,8 +55,34 @@ NETWORKS = (
     _timm("regnetx_002"),
     _timm("regnety_002"),
     _timm("convnext_atto", depths=ONE_EACH, dims=(16, 32, 48, 64), drop_path_rate=0.5),
+    _timm("resnetv2_50", layers=ONE_EACH, channels=(16, 32, 48, 64)),
+    _timm("test_nfnet"),
+    _timm("test_byobnet"),
+    _timm("convnextv2_atto", depths=ONE_EACH, dims=(16, 32, 48, 64)),
+    _timm("test_mambaout"),
+    _timm("test_efficientnet_gn"),
+    _timm("densenet121", block_config=(1, 2, 2), growth_rate=8),
+    Tiny(
+        "metaformer",
+        lambda: MetaFormer(depths=ONE_EACH, dims=(16, 32, 48, 64), num_classes=5),
+        (75, 53),
+    ),
+    _timm("mobilenetv4_conv_small_035"),
+    _timm("ghostnet_050"),
+    _timm(
+        "swin_tiny_patch4_window7_224",
+        other_size=(64, 64),
+        img_size=64,
+        window_size=2,
+        embed_dim=16,
+        depths=(1, 2, 1, 1),
+        num_heads=(1, 2, 2, 2),
+    ),
+    _timm("test_vit", other_size=(64, 64), img_size=64),
+    _timm("test_maxvit", other_size=(64, 64), img_size=64),
     _smp("Unet", "resnet18"),
     _smp("Unet", "mobilenet_v2"),
+    _smp("Segformer", "mit_b0"),
     _smp("Unet", "tu-mobilenetv3_small_050"),
     _smp("FPN", "resnet18"),
     _smp("DeepLabV3Plus", "resnet18"),

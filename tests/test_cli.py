@@ -21,7 +21,7 @@ TINY = [
     "dense.epochs=1",
     "gated.epochs=1",
     "gated.calibration_batches=1",
-    "model.arguments.decoder_channels=[16, 16, 8, 8, 8]",
+    "model.arguments.decoder_channels=[16, 16, 8, 8]",
 ]
 
 

@@ -71,12 +71,13 @@ def test_full_and_floor_are_the_counts_of_the_plain_network(
     for layer in chain:
         x = layer(x)
         full += x.numel() * layer.weight[0].numel()
-    pixels = x.shape[2] * x.shape[3]
-    assert cost.full_macs(size) == full
-    assert cost.gate_macs_total(size) == 7 * pixels
-    assert cost.floor_macs(size) == (7 + 11) * pixels
+    output_size = (x.shape[2], x.shape[3])
+    pixels = math.prod(output_size)
+    assert cost.full_macs(size, output_size) == full
+    assert cost.gate_macs_total(output_size) == 7 * pixels
+    assert cost.floor_macs(output_size) == (7 + 11) * pixels
     closed = torch.zeros(1, 1, *x.shape[2:])
-    assert cost.active_macs(closed, size).item() == cost.floor_macs(size)
+    assert cost.active_macs(closed, size).item() == cost.floor_macs(output_size)
     # A stride can leave pixels that no output reads, never the other way round.
     opened = cost.active_macs(1 - closed, size).item()
     assert opened <= full + 7 * pixels
@@ -108,6 +109,6 @@ def test_soft_masks_cost_between_the_hard_ones_with_a_gradient() -> None:
     cost = chain_cost([conv(2, 2, 3), conv(2, 2, 3)])
     soft = torch.full((1, 1, 9, 9), 0.5, requires_grad=True)
     macs = cost.active_macs(soft, (9, 9))
-    assert cost.floor_macs((9, 9)) < macs.item() < cost.full_macs((9, 9))
+    assert cost.floor_macs((9, 9)) < macs.item() < cost.full_macs((9, 9), (9, 9))
     macs.sum().backward()
     assert (soft.grad != 0).any()

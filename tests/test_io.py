@@ -198,6 +198,17 @@ def test_the_retrofit_configuration_survives(gated: nn.Module, tmp_path: Path) -
     assert loaded.pag_spec == TIMM
 
 
+def test_a_release_that_finds_more_sites_gates_those_of_the_file(
+    gated: nn.Module, directory: Path
+) -> None:
+    """As if the sites that were excluded when it was saved had not been known then."""
+    edit(directory, lambda d: d["retrofit"].update(exclude=[], min_share=0))
+    loaded = pag.from_pretrained(directory)
+    assert [name for name, _ in named_gates(loaded)] == [name for name, _ in named_gates(gated)]
+    assert loaded.pag_state.config == replace(CONFIG, exclude=(), min_share=0)
+    assert torch.equal(loaded(X), gated(X))
+
+
 @torch.no_grad()
 def test_the_dtype_survives(gated: nn.Module, tmp_path: Path) -> None:
     gated.to(torch.bfloat16)
@@ -259,8 +270,9 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d["retrofit"].update(version=99), "version"),
         (lambda d: d["retrofit"].update(hook="os.system"), "hook"),
         (lambda d: d["retrofit"].update(scope="everything"), "scope"),
-        (lambda d: d["retrofit"].update(exclude=[]), "sites"),
-        (lambda d: d["sites"].pop(), "sites"),
+        (lambda d: d["sites"].pop(), "another network"),
+        (lambda d: d["sites"].append("fc"), "sites"),
+        (lambda d: d.update(sites=7), "damaged"),
         (lambda d: d.update(total_macs=1), "MACs"),
         (lambda d: d.update(budget="cheap"), "budget"),
         (lambda d: d.update(budget=0.0001), "floor"),

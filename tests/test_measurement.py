@@ -35,22 +35,17 @@ def test_open_gates_cost_the_original_and_themselves(pair: Pair) -> None:
     batch = pair.x.shape[0]
     with pag.measure(pair.gated) as m:
         pair.gated(pair.x)
-    gates = batch * sum(s.cost.gate_macs_total(s.input_size) for s in pair.plan.sites)
+    gates = batch * sum(s.gate_macs for s in pair.plan.sites)
     assert m.total_macs == original_macs(pair.original, pair.x) == batch * pair.plan.total_macs
     unread = sum(
-        s.cost.full_macs(s.input_size) + s.cost.gate_macs_total(s.input_size)
-        - int(s.cost.active_macs(torch.ones(1, 1, *output_size(s)), s.input_size))
+        s.macs + s.gate_macs
+        - s.maps * int(s.cost.active_macs(torch.ones(1, 1, *s.output_size), s.input_size))
         for s in pair.plan.sites
     )  # fmt: skip
     assert m.macs == m.total_macs + gates - batch * unread
     assert unread <= 0.02 * pair.plan.total_macs
     assert set(m.open_rates) == {site.name for site in pair.plan.sites}
     assert set(m.open_rates.values()) == {1.0}
-
-
-def output_size(site: object) -> tuple[int, int]:
-    (height, width), (down, right) = site.input_size, site.cost.stride  # type: ignore[attr-defined]
-    return -(-height // down), -(-width // right)
 
 
 @torch.no_grad()

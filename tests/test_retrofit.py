@@ -16,11 +16,13 @@ from conftest import Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ONE_EACH, CustomNet, Residual, SqueezeExcite, conv, needed_pixels, randomize
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import pag_retrofit as pag
-from pag_retrofit.gates import GatedConv2d, PixelGate, named_gates
+from pag_retrofit.gates import GatedConv, PixelGate, named_gates
 from pag_retrofit.rewriting import GatedBlock
 
 EVERYTHING = pag.RetrofitConfig(min_share=0.0)
@@ -87,6 +89,9 @@ def test_copies_are_complete(pair: Pair) -> None:
         assert torch.equal(unpickled(pair.x), pair.original(pair.x))  # nothing is shared
 
 
+MODE_DEPENDENT = (nn.modules.batchnorm._BatchNorm, DropPath)
+
+
 def test_open_training_forward_is_bit_identical(pair: Pair) -> None:
     """Batch statistics, dropout and drop-path follow the mode as in the original."""
     original, gated = copy.deepcopy(pair.original).train(), pair.fresh().train()
@@ -95,7 +100,8 @@ def test_open_training_forward_is_bit_identical(pair: Pair) -> None:
         expected = original(pair.x)
         torch.manual_seed(1)
         assert torch.equal(gated(pair.x), expected)
-    assert not torch.equal(expected, pair.original(pair.x))
+    if any(isinstance(module, MODE_DEPENDENT) for module in original.modules()):
+        assert not torch.equal(expected, pair.original(pair.x))
     state = gated.state_dict()
     for key, value in original.state_dict().items():
         assert torch.equal(state[key], value), key
@@ -138,6 +144,9 @@ def test_remove_restores(pair: Pair) -> None:
     assert list(again.state_dict()) == list(pair.gated.state_dict())
 
 
+OPERATORS_OF_LAYERS = ("aten.convolution", "aten.addmm", "aten.mm")
+
+
 def test_plan_lists_every_layer_once(pair: Pair) -> None:
     kinds = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
     layers = {n for n, m in pair.original.named_modules() if isinstance(m, kinds)}
@@ -147,8 +156,12 @@ def test_plan_lists_every_layer_once(pair: Pair) -> None:
     assert all(layer.reason for layer in pair.plan.dense)
     assert [site.name for site in pair.plan.sites if site.macs <= 0] == []
     assert {site.name for site in pair.plan.sites} == {name for name, _ in named_gates(pair.gated)}
-    total = sum(layer.macs for layer in pair.plan.dense) + sum(s.macs for s in pair.plan.sites)
-    assert total == pair.plan.total_macs
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(pair.original).requires_grad_(False)(pair.x[:1])
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(flops[op] for op in flops if str(op) not in OPERATORS_OF_LAYERS) // 2
+    listed = sum(layer.macs for layer in pair.plan.dense) + sum(s.macs for s in pair.plan.sites)
+    assert listed == pair.plan.total_macs - attention
     assert 0 < pair.plan.floor < 1 and 0 < pair.plan.gateable_share <= 1
 
 
@@ -293,6 +306,15 @@ def test_a_closed_decoder_convolution_is_its_collapsed_kernel() -> None:
     )
 
 
+def coarse_by_hand(x: Tensor) -> Tensor:
+    """Every second pixel of every second row, and bilinear interpolation between them."""
+    grid = x[:, :, ::2, ::2]
+    size = [2 * n - 1 for n in grid.shape[2:]]
+    between = F.interpolate(grid, size, mode="bilinear", align_corners=True)
+    missing = (0, x.shape[3] - size[1], 0, x.shape[2] - size[0])
+    return F.pad(between, missing, mode="replicate")
+
+
 @torch.no_grad()
 def test_identity_bypass_passes_the_input_on() -> None:
     model = nn.Sequential(
@@ -308,14 +330,15 @@ def test_identity_bypass_passes_the_input_on() -> None:
         example_input=(1, 3, 16, 16),
         config=pag.RetrofitConfig(min_share=0.0, bypass="identity"),
     )
-    assert [site.bypass for site in plan.sites] == ["collapsed", "identity"]
+    assert [site.bypass for site in plan.sites] == ["collapsed", "identity", "coarse"]
     x = torch.randn(2, 3, 17, 13)
     assert torch.equal(gated(x), model(x))
     with pag.override_gates(gated, pattern="none"):
         stem = model[0]
         first = stem[0].weight.sum((2, 3), keepdim=True)
         reference = F.relu(stem[1](F.conv2d(x, first, stem[0].bias)))
-        assert torch.equal(gated(x), model[2](reference[:, :, ::2, ::2]))
+        wanted = coarse_by_hand(model[2](reference[:, :, ::2, ::2]))
+        torch.testing.assert_close(gated(x), wanted)
     pag.remove(gated)
     assert torch.equal(gated(x), model(x))
 
@@ -462,15 +485,19 @@ def test_masks_mean_what_they_say(
         elif f"{name}.0" in m.masks:
             mask = m.masks[f"{name}.0"].float()
             layer = block[0]
-            kernel = layer.weight.sum((2, 3), keepdim=True)
-            collapsed = F.conv2d(y, kernel, layer.bias, layer.stride, groups=layer.groups)
-            mixed = torch.where(mask.bool(), layer(y), collapsed)
-            reference = block[2](block[1](mixed))
-            torch.testing.assert_close(outputs[name], reference, atol=1e-5, rtol=1e-5)
             taps = layer.kernel_size[0] * layer.kernel_size[1]
+            if taps == 1:
+                bypass = coarse_by_hand(layer(y))
+                mask[:, :, ::2, ::2], closed_macs = 1, 0
+            else:
+                kernel = layer.weight.sum((2, 3), keepdim=True)
+                bypass = F.conv2d(y, kernel, layer.bias, layer.stride, groups=layer.groups)
+                closed_macs = macs_per_pixel(layer) // taps
+            reference = block[2](block[1](torch.where(mask.bool(), layer(y), bypass)))
+            torch.testing.assert_close(outputs[name], reference, atol=1e-5, rtol=1e-5)
             open_pixels, closed_pixels = int(mask.sum()), int((1 - mask).sum())
             expected += y.shape[1] * mask.numel() + open_pixels * macs_per_pixel(layer)
-            expected += closed_pixels * macs_per_pixel(layer) // taps
+            expected += closed_pixels * closed_macs
         else:
             assert torch.equal(outputs[name], block(y))
             expected += dense_macs(block, y)
@@ -480,7 +507,7 @@ def test_masks_mean_what_they_say(
 
 def gate_all_or_none(model: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
     try:
-        return gate_all(model, shape)
+        return gate_all(model, shape, exclude=("0", "*.branch*", "*.shortcut*"))
     except pag.NoSitesError:
         return None
 
@@ -521,7 +548,8 @@ def dense_macs(model: nn.Module, x: Tensor) -> int:
 def test_a_custom_network() -> None:
     model = randomize(CustomNet()).eval()
     gated = gate_all(model, (1, 3, 32, 32))
-    assert {name for name, _ in named_gates(gated)} == {"stem.0", "block", "head.0"}
+    names = {name for name, _ in named_gates(gated)}
+    assert names == {"stem.0", "block", "head.0", "head.2"}
     x = torch.randn(2, 3, 31, 45)
     assert torch.equal(gated(x), model(x))
 
@@ -565,9 +593,9 @@ def test_a_site_in_the_shortcut_keeps_its_own_gate(
     model = nn.Sequential(conv(3, 8, 1), Residual(branch, shortcut()))
     randomize(model).eval()
     shape = (1, 3, 16, 16)
-    config = pag.RetrofitConfig(min_share=0.0, bypass=bypass)
+    config = pag.RetrofitConfig(min_share=0.0, bypass=bypass, exclude=("0",))
     plan = pag.plan(model, 0.9, example_input=shape, config=config)
-    gated = gate_all(model, shape, bypass=bypass)
+    gated = gate_all(model, shape, bypass=bypass, exclude=("0",))
     assert len(plan.sites) == 2
     assert {s.name for s in plan.sites} == {name for name, _ in named_gates(gated)}
     x = torch.randn(shape)
@@ -624,20 +652,25 @@ class DropsByFlag(nn.Module):
         return x + F.dropout(self.conv(x), 0.5, self.training)
 
 
-def test_a_block_that_depends_on_the_mode_stays_dense_with_its_reason() -> None:
-    model = nn.Sequential(conv(3, 8, 3), DropsByFlag())
-    plan = pag.plan(model, 0.9, example_input=(1, 3, 16, 16), config=EVERYTHING)
-    assert [site.name for site in plan.sites] == ["0"]
-    (dense,) = plan.dense
-    assert dense.name == "1.conv" and "training" in dense.reason
+@torch.no_grad()
+def test_of_a_block_that_depends_on_the_mode_the_last_layer_is_gated() -> None:
+    model = nn.Sequential(conv(3, 8, 3), DropsByFlag()).eval()
+    gated = gate_all(model, (1, 3, 16, 16))
+    assert {name for name, _ in named_gates(gated)} == {"0", "1.conv"}
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(gated(x), model(x))
+    with pag.override_gates(gated, pattern="none"):
+        gated[0].pag_gate.override = None
+        assert torch.equal(gated(x), model[0](x))  # the branch adds nothing
+    assert [type(m) for m in pag.remove(gated).modules()] == [type(m) for m in model.modules()]
 
 
 @pytest.mark.parametrize(
     ("config", "names"),
     [
         ({"include": ("block",)}, {"block"}),
-        ({"exclude": ("block*",)}, {"stem.0", "head.0"}),
-        ({"include": ("stem*", "head*"), "exclude": ("*head.0",)}, {"stem.0"}),
+        ({"exclude": ("block*",)}, {"stem.0", "head.0", "head.2"}),
+        ({"include": ("stem*", "head*"), "exclude": ("*head.0",)}, {"stem.0", "head.2"}),
     ],
 )
 def test_include_and_exclude(config: dict[str, Any], names: set[str]) -> None:
@@ -688,10 +721,10 @@ def test_fresh_gates_are_open_with_the_configured_probability() -> None:
 
 def test_gated_modules_show_their_gates() -> None:
     gated = gate_all(CustomNet(), (1, 3, 32, 32))
-    assert isinstance(gated.block, GatedBlock) and isinstance(gated.head[0], GatedConv2d)
+    assert isinstance(gated.block, GatedBlock) and isinstance(gated.head[0], GatedConv)
     assert isinstance(gated.head[0], nn.Conv2d)
     count = sum(isinstance(module, PixelGate) for module in gated.modules())
-    assert str(gated).count("PixelGate") == count == 3
+    assert str(gated).count("PixelGate") == count == 4
     assert len(pag.gate_parameters(gated)) == 2 * count
 
 
@@ -753,8 +786,8 @@ def test_a_budget_below_the_floor_is_refused_and_changes_nothing(inplace: bool) 
 
 @pytest.mark.parametrize(
     "model",
-    [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Flatten(), nn.Linear(48, 2))],
-    ids=["no layers", "1x1 only", "linear only"],
+    [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 1, 1)), nn.Sequential(nn.Flatten(), nn.Linear(48, 2))],
+    ids=["no layers", "as cheap as its gate", "linear only"],
 )
 def test_a_network_without_sites(model: nn.Module) -> None:
     with pytest.raises(pag.NoSitesError, match="nothing to gate"):

@@ -30,7 +30,8 @@ def shuffle_gates(gated: nn.Module, scale: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, gate in named_gates(gated):
         gate.weight.copy_(scale * torch.randn(gate.weight.shape, generator=generator))
-        gate.bias.zero_()
+        # Not zero: a feature that is dead everywhere leaves the logit to the bias.
+        gate.bias.copy_(1e-3 * scale * torch.randn(1, generator=generator))
 
 
 def set_probability(gated: nn.Module, probability: float) -> None:
@@ -44,7 +45,7 @@ def set_probability(gated: nn.Module, probability: float) -> None:
 
 def test_expected_fraction_is_the_measured_one_when_gates_are_sure(pair: Pair) -> None:
     gated = pair.fresh().train()
-    shuffle_gates(gated, 1e5)
+    shuffle_gates(gated, 1e7)
     with torch.no_grad(), pag.measure(gated) as m:
         gated(pair.x)
     sure = [
