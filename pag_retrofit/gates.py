@@ -101,6 +101,7 @@ class PixelGate(Gate):
         layout: Axes of the site's input: `"BCHW"`, `"BHWC"` or `"BNC"`.
         site: Name of the site, as in the plan.
         initial_probability: Of computing a pixel, before training.
+        copy_input: Keep a copy for the backward pass: the site changes its input in place.
     """
 
     def __init__(
@@ -111,10 +112,12 @@ class PixelGate(Gate):
         layout: str = "BCHW",
         site: str = "",
         initial_probability: float = 0.99,
+        copy_input: bool = False,
     ):
         """Build an open gate."""
         super().__init__(cost, site)
         self.layout = layout
+        self.copy_input = copy_input
         self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
         # An adaptive optimiser moves every weight by about its learning rate, and so the logit by
         # that times the channels: scaled, one learning rate suits gates of 16 and of 500 channels.
@@ -133,6 +136,8 @@ class PixelGate(Gate):
         # Subsampled first: torch 2.15 corrupts the heap in the backward pass of a strided 1x1
         # convolution to few channels (CPU, float32, channels_last, input without gradient).
         kept = subsample(x, self.cost.stride, self.cost.offset, size)
+        if self.copy_input and torch.is_grad_enabled():
+            kept = kept.clone()
         logits = F.conv2d(kept, self.weight * self.scale, self.bias).float() + self.offset
         if self.override is not None:
             return self.override.mask(logits)

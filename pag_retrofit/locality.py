@@ -38,6 +38,7 @@ RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view", "unflatten"}
 REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "linalg_vector_norm", "var", "std"})
 ALONG_CHANNELS = frozenset({"softmax", "log_softmax", "cumsum", "glu"})
 SPLITS = frozenset({"chunk", "split", "split_with_sizes", "unbind", "select", "slice", "narrow"})
+VIEWS = RESHAPES | SPLITS | frozenset({"permute", "transpose", "squeeze", "unsqueeze"})
 # What lies between a masked tensor and the addition may be any of these: zero stays zero.
 ZERO_PRESERVING = frozenset(
     "mul mul_ div div_ dropout dropout_ feature_dropout clone contiguous to _to_copy alias detach "

@@ -383,6 +383,7 @@ class Surgery:
                 layout=site.layout,
                 site=site.name,
                 initial_probability=probability,
+                copy_input=site.overwritten,
             )
         else:
             kind = PoolSelector if site.kind == "multipool" else BranchSelector

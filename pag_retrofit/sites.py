@@ -21,6 +21,7 @@ from pag_retrofit.functional import Window
 from pag_retrofit.locality import (
     ACTIVATIONS,
     LAYERS,
+    VIEWS,
     ZERO_PRESERVING,
     BranchAnalysis,
     Node,
@@ -59,6 +60,7 @@ class Site:
         selector: MultiPool, ASPP: shape of the selector.
         window: MultiPool: of the convolution.
         inside: MultiPool: the branch site that it lies in and that counts its MACs, if one does.
+        overwritten: Branch: its input is changed in place once the gate has read it.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Site:
     selector: SelectorSpec | None = None
     window: Window | None = None
     inside: str = ""
+    overwritten: bool = False
 
     @property
     def is_one_module(self) -> bool:
@@ -347,9 +350,19 @@ class _Finder:
             operand=place[1] if place else 0,
             pools=tuple(analysis.pools),
             layers=tuple(layers),
+            overwritten=self._is_overwritten(entry, owner),
         )
         self._check_worth(site)
         return site
+
+    def _is_overwritten(self, entry: Node, owner: str) -> bool:
+        """Tell whether the site changes what its gate reads.
+
+        In the exported graph the result of an operator that works in place stands for its input
+        from then on; in the block's own graph the gate may come before that operator.
+        """
+        own = f"{self.network.owner(entry)}.".startswith(f"{owner}.")
+        return _is_overwritten(entry) or (own and operator_name(entry).endswith("_"))
 
     def _analyse(
         self, entry: Node, end: Node, inside: list[Node]
@@ -500,6 +513,16 @@ def _entry(end: Node, inside: list[Node], readers: set[Node], network: NetworkGr
     if len(entries) != 1:
         raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
     return entries.pop()
+
+
+def _is_overwritten(node: Node) -> bool:
+    """Tell whether an operator changes a tensor in place, or a view of it."""
+    for user in node.users:
+        if user.args and user.args[0] is node:
+            name = operator_name(user)
+            if name.endswith("_") or (name in VIEWS and _is_overwritten(user)):
+                return True
+    return False
 
 
 def _reaches(node: Node, end: Node) -> bool:
