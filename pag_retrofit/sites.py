@@ -218,7 +218,7 @@ class _Finder:
         """Path of the layer; of the weight, or the node's name, where no layer computes it."""
         weight = self.network.parameter_of.get(node.args[1].name, "")
         owner = self.network.owner(node)
-        for path in (weight.removesuffix(".weight"), owner):
+        for path in (owner, weight.removesuffix(".weight")):
             if isinstance(self.modules.get(path), LAYER_TYPES):
                 return path
         return weight or node.name
