@@ -2,7 +2,8 @@
 
 from pag_retrofit.annealing import Annealer
 from pag_retrofit.calibration import calibrate, set_budget
-from pag_retrofit.config import GateConfig, RetrofitConfig
+from pag_retrofit.config import GateConfig, MultiPoolConfig, RetrofitConfig
+from pag_retrofit.conversion import average_branches, convert_aspp
 from pag_retrofit.errors import (
     BudgetError,
     CheckpointError,
@@ -15,7 +16,7 @@ from pag_retrofit.errors import (
 from pag_retrofit.gates import gate_parameters
 from pag_retrofit.io import ModelSpec, from_pretrained, load_file, save_file, save_pretrained
 from pag_retrofit.losses import expected_fraction, sparsity_loss
-from pag_retrofit.measurement import Measurement, measure, override_gates
+from pag_retrofit.measurement import Measurement, measure, override_branches, override_gates
 from pag_retrofit.planning import Plan, plan
 from pag_retrofit.surgery import remove, retrofit
 
@@ -27,18 +28,22 @@ __all__ = [
     "GateConfig",
     "Measurement",
     "ModelSpec",
+    "MultiPoolConfig",
     "NoSitesError",
     "PagError",
     "Plan",
     "RecipeError",
     "RetrofitConfig",
     "TrainingError",
+    "average_branches",
     "calibrate",
+    "convert_aspp",
     "expected_fraction",
     "from_pretrained",
     "gate_parameters",
     "load_file",
     "measure",
+    "override_branches",
     "override_gates",
     "plan",
     "remove",

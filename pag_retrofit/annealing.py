@@ -46,10 +46,10 @@ class Annealer:
                 "expected at least one step, a ramp in (0, 1] and temperatures above zero"
             )
         self.budget = self.state.budget if budget is None else budget
-        if not self.state.floor <= self.budget <= 1:
+        if not self.state.lowest_budget <= self.budget <= 1:
             raise PagError(
                 f"budget={budget!r}: expected a compute fraction from the floor "
-                f"{self.state.floor:.3f} to 1"
+                f"{self.state.lowest_budget:.3f} to 1"
             )
         self.ramp_steps = max(1, round(total_steps * ramp))
         self.temperature = temperature

@@ -27,7 +27,8 @@ def calibrate(
 ) -> dict[float, float]:
     """Find, per budget, the offset added to every gate's logit that meets it on given images.
 
-    One offset for all gates acts as a price per pixel: gates whose decision is clear keep it.
+    One offset for all gates acts as a price per pixel: gates whose decision is clear keep it. A
+    branch selector has it added to the logits of the branches that cost more than the cheapest.
     It is found by bisection on the measured fraction, which later gates' inputs depend on
     earlier masks for. Each budget becomes an operating point of the network, saved with it; the
     last one asked for is set.
@@ -48,10 +49,10 @@ def calibrate(
     state = state_of(gated)
     budgets = [state.budget] if budgets is None else list(budgets)
     for budget in budgets:
-        if not 0 < budget <= 1 or budget < state.floor:
+        if not 0 < budget <= 1 or budget < state.lowest_budget:
             raise BudgetError(
                 f"budgets contains {budget!r}: expected fractions from the floor "
-                f"{state.floor:.3f} to 1"
+                f"{state.lowest_budget:.3f} to 1"
             )
     images = [batch.detach() for batch in batches]
     if not images or not budgets:

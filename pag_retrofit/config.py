@@ -34,6 +34,60 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class MultiPoolConfig:
+    """Which convolutions let each pixel choose its pooling field, and out of which.
+
+    Args:
+        dilations: Factors on a convolution's own dilation, one branch each, in rising order;
+            1, which is the pretrained convolution, must be among them.
+        identity: Offer a branch without neighbours too (dilation 0): the cheap one that a budget
+            below the cost of one branch per pixel needs. It is what `RetrofitConfig.bypass` says
+            for a convolution: its input where channels agree, or the collapsed 1x1 kernel.
+        sites: Shell-style patterns of names of convolutions. None takes the square ones larger
+            than 1x1 whose output has the lowest resolution of the network (of its `encoder`, if
+            it has one); `()` none.
+        shared: All dilations use the pretrained kernel itself; else each trains a copy of it.
+        aspp: Let each pixel choose among the branches of every atrous spatial pyramid pooling
+            module too.
+
+    Raises:
+        PagError: A field has a value that is not valid.
+    """
+
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 16)
+    identity: bool = True
+    sites: tuple[str, ...] | None = None
+    shared: bool = True
+    aspp: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        given = self.dilations
+        listed = isinstance(given, Sequence) and all(
+            isinstance(factor, int) and not isinstance(factor, bool) and factor > 0
+            for factor in given
+        )
+        if not listed or list(given) != sorted({1, *given}):
+            raise PagError(
+                f"multipool.dilations={given!r}: expected different positive integers in rising "
+                "order, 1 among them, such as (1, 2, 4)"
+            )
+        object.__setattr__(self, "dilations", tuple(given))
+        for name in ("identity", "shared", "aspp"):
+            if not isinstance(getattr(self, name), bool):
+                raise PagError(f"multipool.{name}={getattr(self, name)!r}: expected true or false")
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _patterns("multipool.sites", self.sites))
+        if len(self.factors) < 2:
+            raise PagError("multipool offers one branch only: add dilations, or the identity")
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Factor on the dilation, per branch; 0 is the identity."""
+        return (0, *self.dilations) if self.identity else self.dilations
+
+
+@dataclass(frozen=True)
 class RetrofitConfig:
     """What is gated and how.
 
@@ -49,6 +103,8 @@ class RetrofitConfig:
         min_share: Sites below this fraction of the network's MACs stay dense: a gate there
             costs more time than it can save.
         gate: How gates start.
+        multipool: Where each pixel chooses its pooling field; default nowhere. Such a convolution
+            gets no gate of its own.
 
     Raises:
         PagError: A field has an unknown value.
@@ -60,6 +116,7 @@ class RetrofitConfig:
     exclude: tuple[str, ...] = ()
     min_share: float = 0.002
     gate: GateConfig = field(default_factory=GateConfig)
+    multipool: MultiPoolConfig | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -67,13 +124,7 @@ class RetrofitConfig:
             if getattr(self, name) not in allowed:
                 raise PagError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            listed = isinstance(value, Sequence) and not isinstance(value, str)
-            if not listed or not all(isinstance(item, str) for item in value):
-                raise PagError(
-                    f"{name}={value!r}: expected a sequence of patterns, such as ('decoder.*',)"
-                )
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if not 0 <= self.min_share < 1:
             raise PagError(f"min_share={self.min_share!r}: expected a fraction in [0, 1)")
 
@@ -95,12 +146,26 @@ class RetrofitConfig:
                 f"version={version!r} of a retrofit configuration: this release reads version "
                 f"{CONFIG_VERSION}; upgrade pag-retrofit"
             )
-        gate = dict(known.pop("gate", {}))
-        for owner, given, allowed in (
-            ("retrofit configuration", known, {f.name for f in fields(cls)} - {"gate"}),
-            ("gate configuration", gate, {f.name for f in fields(GateConfig)}),
-        ):
-            unknown = sorted(set(given) - allowed)
-            if unknown:
-                raise PagError(f"unknown keys {unknown} in the {owner}: expected {sorted(allowed)}")
-        return cls(gate=GateConfig(**gate), **known)
+        parts: dict[str, Any] = {}
+        for key, kind in (("gate", GateConfig), ("multipool", MultiPoolConfig)):
+            given = known.pop(key, None)
+            if given is not None:
+                parts[key] = kind(**_known_fields(given, kind, f"{key} configuration"))
+        return cls(**_known_fields(known, cls, "retrofit configuration"), **parts)
+
+
+def _known_fields(values: Mapping[str, Any], kind: Any, owner: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise PagError(f"{owner} {values!r}: expected a mapping of fields to values")
+    allowed = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - allowed)
+    if unknown:
+        raise PagError(f"unknown keys {unknown} in the {owner}: expected {sorted(allowed)}")
+    return dict(values)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not listed or not all(isinstance(item, str) for item in value):
+        raise PagError(f"{name}={value!r}: expected a sequence of patterns, such as ('decoder.*',)")
+    return tuple(value)

@@ -44,7 +44,8 @@ class Evaluation:
         metrics: scores by name, as the task gives them.
         images: number of images.
         seconds: time taken, loading included.
-        fraction: measured compute fraction; 1 for an ungated network.
+        fraction: measured compute fraction; 1 for an ungated network, more for one whose branches
+            are averaged.
         open_rates: share of open pixels by gate; empty for an ungated network.
     """
 
@@ -173,6 +174,8 @@ def evaluate_network(
     if counts is None:
         raise ValueError("batches is empty; there is nothing to evaluate")
     fraction, open_rates = shares.means()
+    if not is_gated(network):
+        fraction = float(getattr(network, "pag_compute_fraction", fraction))
     return Evaluation(
         metrics=task.metrics(counts),
         images=images,

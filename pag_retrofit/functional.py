@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,35 @@ def _traced_as_call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Window(NamedTuple):
-    """What one output pixel of a convolution or pooling reads, as (vertical, horizontal) pairs."""
+    """What one output pixel of a convolution or pooling reads, as (vertical, horizontal) pairs.
+
+    Of a MultiPool convolution, what it reads at dilation 1; `selector` then names whose choice
+    multiplies the dilation of a pixel, by one of `factors`.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
     padding: tuple[int, int]  # at the top and at the left
+    selector: str = ""
+    factors: tuple[int, ...] = ()
+
+
+def dilated(window: Window, factor: int) -> Window:
+    """The window of a convolution that keeps the size, with its dilation times a factor.
+
+    A factor of zero leaves the centre, which is what a collapsed kernel and the identity read.
+    """
+    if factor == 0:
+        return Window((1, 1), window.stride, (1, 1), (0, 0))
+    dilation = (window.dilation[0] * factor, window.dilation[1] * factor)
+    padding = tuple((window.kernel[axis] - 1) * dilation[axis] // 2 for axis in (0, 1))
+    return Window(window.kernel, window.stride, dilation, (padding[0], padding[1]))
+
+
+def selector_window(stride: tuple[int, int]) -> Window:
+    """What a branch selector reads: the 3x3 neighbours among the pixels that a stride keeps."""
+    return Window((3, 3), stride, stride, stride)
 
 
 def sample_mask(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -61,6 +85,31 @@ def sample_mask(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     return hard + (soft - soft.detach())  # the bracket is exactly zero
 
 
+def sample_choice(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """Draw one of K classes per pixel with a straight-through gradient.
+
+    The hard Gumbel-softmax (Jang et al., arXiv 1611.01144). As in `sample_mask`, the temperature
+    scales the noise as well as the relaxation: P(class) = softmax(logits / temperature).
+
+    Args:
+        logits: (B, K, H, W).
+        temperature: > 0.
+
+    Returns:
+        Exactly one-hot along the second axis, of the shape and dtype of `logits`.
+    """
+    uniform = torch.rand_like(logits, dtype=torch.float32)
+    uniform = uniform.clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+    gumbel = -(-uniform.log()).log()
+    soft = torch.softmax(logits / temperature + gumbel, 1)
+    return one_hot_maximum(soft).to(soft.dtype) + (soft - soft.detach())  # the bracket is zero
+
+
+def one_hot_maximum(scores: Tensor) -> Tensor:
+    """One-hot map of the largest of the classes (B, K, H, W); the first one of equals."""
+    return torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+
+
 def bernoulli_kl(target: Tensor | float, probability: Tensor) -> Tensor:
     """KL(Bernoulli(target) || Bernoulli(probability)), elementwise, in nats.
 
@@ -72,7 +121,12 @@ def bernoulli_kl(target: Tensor | float, probability: Tensor) -> Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
-def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+def needed_inputs(
+    mask: Tensor,
+    window: Window,
+    size: tuple[int, int],
+    choices: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
     """Which input pixels a window operation reads to compute the output pixels of a mask.
 
     Args:
@@ -80,10 +134,20 @@ def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor
             pixel is taken).
         window: Of the operation.
         size: (H, W) of its input.
+        choices: Selector -> (B, K, h, w), one-hot or probabilities; for a MultiPool convolution,
+            whose selector has to read pixels too.
 
     Returns:
         (B, 1, H, W).
     """
+    if window.selector:
+        choice = choices[window.selector]
+        needed = [needed_inputs(mask, selector_window(window.stride), size)]
+        needed += [
+            needed_inputs(mask * choice[:, k : k + 1], dilated(window, factor), size)
+            for k, factor in enumerate(window.factors)
+        ]
+        return torch.stack(needed).amax(0)
     if window.stride != (1, 1):
         dot = mask.new_ones(1, 1, 1, 1)
         mask = F.conv_transpose2d(mask, dot, stride=window.stride)  # zeros between the pixels
@@ -111,6 +175,27 @@ def mix(active: Tensor, bypass: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask > 0, active, bypass)
     mask = mask.to(active.dtype)
     return mask * active + (1 - mask) * bypass  # exact at both values, unlike a difference
+
+
+@_traced_as_call
+def computed_mask(choice: Tensor) -> Tensor:
+    """Pixels (B, 1, H, W) that chose any branch but the first, of a choice (B, K, H, W)."""
+    return choice[:, 1:].sum(1, keepdim=True)
+
+
+@_traced_as_call
+def computed_choice(choice: Tensor) -> Tensor:
+    """The choice (B, K - 1, H, W) among the other branches, given that it is not the first.
+
+    Pixels that chose the first one get the second: they are computed only where everything is
+    (in training), for the sake of batch statistics. The gradient is that of the conditional
+    probability, so the product with `computed_mask` has the gradient of the choice itself.
+    """
+    others = choice[:, 1:]
+    computed = others.sum(1, keepdim=True)
+    second = torch.zeros_like(others)
+    second[:, 0] = 1
+    return torch.where(computed > 0, others / computed.clamp_min(0.5), second)
 
 
 @_traced_as_call

@@ -37,8 +37,57 @@ class MaskOverride:
     pattern: str
     seed: int
 
+    def mask(self, logits: Tensor) -> Tensor:
+        """The mask (B, 1, h, w) in place of logits (B, K, h, w)."""
+        batch, _, height, width = logits.shape
+        mask = pattern_mask(self.pattern, self.density, (batch, height, width), self.seed)
+        return mask.to(logits.device)
 
-class PixelGate(nn.Module):
+
+class Gate(nn.Module):
+    """What gates and branch selectors have in common: the state that steers a decision.
+
+    Args:
+        cost: What the site costs as a function of the decision.
+        site: Name of the site, as in the plan.
+        inside: Name of the gated branch whose cost holds this one's too, if it lies in one.
+    """
+
+    temperature: Tensor
+    offset: Tensor
+    layout = "BCHW"
+
+    def __init__(self, cost: SiteCost, site: str, inside: str = ""):
+        """Start at temperature one, not calibrated."""
+        super().__init__()
+        self.cost = cost
+        self.site = site
+        self.inside = inside
+        self.register_buffer("temperature", torch.ones(()), persistent=False)
+        self.register_buffer("offset", torch.zeros(()))
+        self.override: MaskOverride | None = None
+        self.last_probability: Tensor | None = None
+        self.last_input_size = (0, 0)
+
+    def site_mask(self, decision: Tensor) -> Tensor:
+        """Mask of the whole site, for `SiteCost`, given what `forward` returned."""
+        return decision
+
+    def opened(self, decision: Tensor) -> Tensor:
+        """Pixels (B, 1, h, w) that take more than the cheapest way."""
+        return decision
+
+    def overhead(self, decision: Tensor) -> int:
+        """MACs per image that dense execution adds to those of the original network."""
+        pixels = decision.shape[2] * decision.shape[3]
+        return pixels * (self.cost.gate_macs + self.cost.bypass_macs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one forward pass: it cannot be copied."""
+        return {**self.__dict__, "last_probability": None}
+
+
+class PixelGate(Gate):
     """Per-pixel decision whether to compute (Kong & Fowlkes, WACV 2019, section 3).
 
     A 1x1 convolution on the site's input gives, per output pixel of the site, the logit of
@@ -52,10 +101,8 @@ class PixelGate(nn.Module):
         layout: Axes of the site's input: `"BCHW"`, `"BHWC"` or `"BNC"`.
         site: Name of the site, as in the plan.
         initial_probability: Of computing a pixel, before training.
+        copy_input: Keep a copy for the backward pass: the site changes its input in place.
     """
-
-    temperature: Tensor
-    offset: Tensor
 
     def __init__(
         self,
@@ -65,23 +112,18 @@ class PixelGate(nn.Module):
         layout: str = "BCHW",
         site: str = "",
         initial_probability: float = 0.99,
+        copy_input: bool = False,
     ):
         """Build an open gate."""
-        super().__init__()
-        self.cost = cost
+        super().__init__(cost, site)
         self.layout = layout
-        self.site = site
+        self.copy_input = copy_input
         self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
         # An adaptive optimiser moves every weight by about its learning rate, and so the logit by
         # that times the channels: scaled, one learning rate suits gates of 16 and of 500 channels.
         self.scale = channels**-0.5
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
-        self.register_buffer("temperature", torch.ones(()), persistent=False)
-        self.register_buffer("offset", torch.zeros(()))
-        self.override: MaskOverride | None = None
-        self.last_probability: Tensor | None = None
-        self.last_input_size = (0, 0)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map the site's input to a float32 mask (B, 1, h, w) of zeros and ones.
@@ -94,30 +136,20 @@ class PixelGate(nn.Module):
         # Subsampled first: torch 2.15 corrupts the heap in the backward pass of a strided 1x1
         # convolution to few channels (CPU, float32, channels_last, input without gradient).
         kept = subsample(x, self.cost.stride, self.cost.offset, size)
+        if self.copy_input and torch.is_grad_enabled():
+            kept = kept.clone()
         logits = F.conv2d(kept, self.weight * self.scale, self.bias).float() + self.offset
         if self.override is not None:
-            return self._forced(logits)
+            return self.override.mask(logits)
         if not self.training:
             return (logits >= 0).float()
         self.last_probability = torch.sigmoid(logits / self.temperature)
         self.last_input_size = (x.shape[2], x.shape[3])
         return sample_mask(logits, self.temperature)
 
-    def _forced(self, logits: Tensor) -> Tensor:
-        assert self.override is not None
-        batch, _, height, width = logits.shape
-        mask = pattern_mask(
-            self.override.pattern, self.override.density, (batch, height, width), self.override.seed
-        )
-        return mask.to(logits.device)
-
     def extra_repr(self) -> str:
         """Show the input channels and the stride."""
         return f"{self.weight.shape[1]}, stride={self.cost.stride}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one forward pass: it cannot be copied."""
-        return {**self.__dict__, "last_probability": None}
 
 
 class GatedModule(nn.Module):
@@ -281,7 +313,8 @@ class RetrofitState:
         example_shape: (B, C, H, W) of the input the plan was made for.
         total_macs: Of the original network on that input.
         gateable_share: Of `total_macs` inside sites.
-        floor: Smallest compute fraction the gated network can reach.
+        floor: Smallest compute fraction the gated network can reach; above 1 where selectors of
+            MultiPool have no identity to choose.
         rho: Compute fraction that the sparsity loss aims at now; moved by `Annealer`.
         operating_points: Budget -> logit offset of all gates, set by `calibrate`.
         active_budget: The operating point in use, if one is.
@@ -296,6 +329,11 @@ class RetrofitState:
     rho: float = 1.0
     operating_points: dict[float, float] = field(default_factory=dict)
     active_budget: float | None = None
+
+    @property
+    def lowest_budget(self) -> float:
+        """Smallest budget that may be asked for; 1 asks for no saving at all."""
+        return min(self.floor, 1.0)
 
 
 def state_of(gated: nn.Module) -> RetrofitState:
@@ -313,13 +351,13 @@ def state_of(gated: nn.Module) -> RetrofitState:
     return state
 
 
-def named_gates(gated: nn.Module) -> Iterator[tuple[str, PixelGate]]:
-    """Gates with the names of their sites, in the order of the network's modules."""
+def named_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """Gates and selectors with the names of their sites, in the order of the modules."""
     for module in gated.modules():
-        if isinstance(module, PixelGate):
+        if isinstance(module, Gate):
             yield module.site, module
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:
-    """Parameters of all gates, for a learning rate of their own."""
+    """Parameters of all gates and selectors, for a learning rate of their own."""
     return [parameter for _, gate in named_gates(gated) for parameter in gate.parameters()]

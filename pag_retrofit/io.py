@@ -316,7 +316,7 @@ def _restore(
 def _only(config: RetrofitConfig, sites: list[str]) -> RetrofitConfig:
     """The configuration that gates the recorded sites, though this release may know of more."""
     names = tuple(glob.escape(name) for name in sites)
-    return dataclasses.replace(config, include=names, exclude=(), min_share=0.0)
+    return dataclasses.replace(config, include=names, exclude=())
 
 
 def _network(description: dict[str, Any], model: nn.Module | None, source: str) -> nn.Module:

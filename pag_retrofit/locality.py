@@ -7,6 +7,7 @@ which other axes are channels, and which values belong to the whole image.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pag_retrofit.functional import Window
@@ -37,6 +38,7 @@ RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view", "unflatten"}
 REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "linalg_vector_norm", "var", "std"})
 ALONG_CHANNELS = frozenset({"softmax", "log_softmax", "cumsum", "glu"})
 SPLITS = frozenset({"chunk", "split", "split_with_sizes", "unbind", "select", "slice", "narrow"})
+VIEWS = RESHAPES | SPLITS | frozenset({"permute", "transpose", "squeeze", "unsqueeze"})
 # What lies between a masked tensor and the addition may be any of these: zero stays zero.
 ZERO_PRESERVING = frozenset(
     "mul mul_ div div_ dropout dropout_ feature_dropout clone contiguous to _to_copy alias detach "
@@ -67,10 +69,17 @@ class BranchAnalysis:
         entry: The tensor it reads.
         end: Its last node.
         layout: Axes of the entry, and those the end must have: `"BCHW"`, `"BHWC"` or `"BNC"`.
+        choosing: MultiPool convolutions, with the windows that name their selectors.
     """
 
     def __init__(
-        self, network: NetworkGraph, inside: set[Node], entry: Node, end: Node, layout: str
+        self,
+        network: NetworkGraph,
+        inside: set[Node],
+        entry: Node,
+        end: Node,
+        layout: str,
+        choosing: Mapping[Node, Window],
     ):
         """Prepare; `run` does the work."""
         self.network = network
@@ -79,6 +88,7 @@ class BranchAnalysis:
         self.entry = entry
         self.end = end
         self.layout = layout
+        self.choosing = choosing
         self.axes: dict[Node, str] = {entry: layout}
         self.strides: dict[Node, tuple[int, int]] = {entry: (1, 1)}
         self.per_image: set[Node] = set()
@@ -130,7 +140,7 @@ class BranchAnalysis:
             raise NotPixelLocalError(f"{name} reads a tensor that is not laid out as (B, C, H, W)")
         window = node_window(node)
         padding = padding_total(node) if name in CONVOLUTIONS else _pool_padding(node)
-        _check_same(window, padding)
+        check_same(window, padding)
         if name in POOL_WINDOWS and _pool_arguments(node)["ceil_mode"][0]:
             raise NotPixelLocalError("its pooling rounds sizes otherwise than its stride")
         stride = self.strides[node]
@@ -165,7 +175,7 @@ class BranchAnalysis:
         for node in reversed(spatial):
             if not paths[node]:
                 raise NotPixelLocalError(f"nothing but a global mean reads {node.name}")
-            needs = _through(node, paths[node])
+            needs = _through(node, paths[node], self.choosing.get(node))
             for parent in self._tensors(node):
                 if parent is not self.entry:
                     paths[parent] |= needs
@@ -204,8 +214,8 @@ def node_window(node: Node) -> Window:
         kernel, stride, dilation = values["kernel_size"], values["stride"], values["dilation"]
         return Window(kernel, stride, dilation, values["padding"])
     kernel = _shape(node.args[1])[2:]
-    arguments = _conv_arguments(node)
-    left, _, top, _ = _pad_before(node)
+    arguments = conv_arguments(node)
+    left, _, top, _ = pad_before(node)
     own = _own_padding(node)[1]
     return Window(
         (kernel[0], kernel[1]),
@@ -217,7 +227,7 @@ def node_window(node: Node) -> Window:
 
 def padding_total(conv: Node) -> tuple[int, int]:
     """(vertical, horizontal) padding of a convolution, both sides together."""
-    left, right, top, bottom = _pad_before(conv)
+    left, right, top, bottom = pad_before(conv)
     own = _own_padding(conv)[0]
     return own[0] + top + bottom, own[1] + left + right
 
@@ -381,17 +391,20 @@ def _dim(node: Node, position: int, default: int) -> int:
     return int(value)
 
 
-def _through(node: Node, paths: set[tuple[Window, ...]]) -> set[tuple[Window, ...]]:
+def _through(
+    node: Node, paths: set[tuple[Window, ...]], choosing: Window | None
+) -> set[tuple[Window, ...]]:
     """Paths to the inputs of a node, given those to its output."""
     if operator_name(node) not in CONVOLUTIONS | POOL_WINDOWS:
         return paths
-    window = node_window(node)
+    window = choosing or node_window(node)
     if window.kernel == (1, 1) and window.stride == (1, 1):
         return paths
     return {(*path, window) for path in paths}
 
 
-def _conv_arguments(conv: Node) -> dict[str, Any]:
+def conv_arguments(conv: Node) -> dict[str, Any]:
+    """Arguments of a convolution by name, with defaults."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     return {**defaults, **dict(zip(names, conv.args, strict=False)), **conv.kwargs}
@@ -415,7 +428,7 @@ def _pool_padding(pool: Node) -> tuple[int, int]:
 
 def _own_padding(conv: Node) -> tuple[tuple[int, int], tuple[int, int]]:
     """(total vertical, total horizontal), (top, left) of the convolution's own padding."""
-    arguments = _conv_arguments(conv)
+    arguments = conv_arguments(conv)
     if arguments["padding"] == "valid":
         return (0, 0), (0, 0)
     if arguments["padding"] == "same":
@@ -427,7 +440,7 @@ def _own_padding(conv: Node) -> tuple[tuple[int, int], tuple[int, int]]:
     return (2 * vertical, 2 * horizontal), (vertical, horizontal)
 
 
-def _pad_before(conv: Node) -> list[int]:
+def pad_before(conv: Node) -> list[int]:
     """[left, right, top, bottom] of a padding node that feeds a convolution."""
     source: Node = conv.args[0]
     if operator_name(source) not in ("pad", "constant_pad_nd"):
@@ -438,7 +451,7 @@ def _pad_before(conv: Node) -> list[int]:
     return [int(n) for n in source.args[1]]
 
 
-def _check_same(window: Window, padding: tuple[int, int]) -> None:
+def check_same(window: Window, padding: tuple[int, int]) -> None:
     """Refuse a window whose map is not its input's size divided by the stride, rounded up.
 
     Only then is the output pixel of a gate that of the window for every input size.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import bernoulli_kl
-from pag_retrofit.gates import PixelGate, named_gates, state_of
+from pag_retrofit.gates import Gate, named_gates, state_of
 
 KINDS = ("global", "layer")
 
@@ -15,21 +15,24 @@ KINDS = ("global", "layer")
 def expected_fraction(gated: nn.Module) -> Tensor:
     """Compute fraction that the gates' probabilities of the last training forward expect.
 
-    Counts gates, bypasses and halos; a halo pixel is as probable as the most probable output
-    pixel that needs it. Mean over the batch and, if `torch.distributed` is initialised, over all
-    processes; the gradient is that of this process's share.
+    Counts gates, selectors, bypasses and halos; a halo pixel is as probable as the most probable
+    output pixel that needs it. Mean over the batch and, if `torch.distributed` is initialised,
+    over all processes; the gradient is that of this process's share.
 
     Raises:
         PagError: No forward pass in training mode came before.
     """
     state = state_of(gated)
     active, full = torch.zeros(()), torch.zeros(())
-    for gate in _observed(gated):
-        probability, size = gate.last_probability, gate.last_input_size
-        assert probability is not None
-        height, width = probability.shape[2:]
-        active = active + gate.cost.active_macs(probability, size).sum()
-        full = full + probability.shape[0] * gate.cost.full_macs(size, (height, width))
+    seen = _observed(gated)
+    probabilities = {gate.site: p for gate, p in seen}
+    for gate, probability in seen:
+        if gate.inside:  # counted by the branch that it lies in
+            continue
+        size, mask = gate.last_input_size, gate.site_mask(probability)
+        height, width = mask.shape[2:]
+        active = active + gate.cost.active_macs(mask, size, probabilities).sum()
+        full = full + mask.shape[0] * gate.cost.full_macs(size, (height, width))
     return _average(1 + (active / full - 1) * state.gateable_share)
 
 
@@ -43,7 +46,9 @@ def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
         kind: `"global"`, one term on the compute fraction of the whole network, so that sites
             share the budget freely: ((fraction - rho) / (1 - floor))^2. `"layer"`, the paper's
             sum over gates of KL(Bernoulli(r) || Bernoulli(mean probability)) (Kong & Fowlkes,
-            section 3), where r is the open rate that gives rho if all gates have it.
+            section 3), where r is the open rate that gives rho if all gates have it; a branch
+            selector's is the rate of all but its cheapest branch. Where nothing can be saved
+            (the floor is 1 or above) both are zero.
 
     Raises:
         PagError: The kind is unknown, or no forward pass in training mode came before.
@@ -52,19 +57,26 @@ def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
         raise PagError(f"kind={kind!r}: expected one of {KINDS}")
     state = state_of(gated)
     span = 1 - state.floor
+    if span <= 0:
+        return 0 * expected_fraction(gated)
     if kind == "global":
         return ((expected_fraction(gated) - state.rho) / span) ** 2
     rate = (state.rho - state.floor) / span
     means = [
-        _average(gate.last_probability.mean())
-        for gate in _observed(gated)
-        if gate.last_probability is not None
+        _average(gate.opened(probability).mean())
+        for gate, probability in _observed(gated)
+        if not gate.inside
     ]
     return torch.stack([bernoulli_kl(rate, mean) for mean in means]).sum()
 
 
-def _observed(gated: nn.Module) -> list[PixelGate]:
-    gates = [gate for _, gate in named_gates(gated) if gate.last_probability is not None]
+def _observed(gated: nn.Module) -> list[tuple[Gate, Tensor]]:
+    """Gates and selectors with their probabilities in the last training forward."""
+    gates = [
+        (gate, gate.last_probability)
+        for _, gate in named_gates(gated)
+        if gate.last_probability is not None
+    ]
     if not gates:
         raise PagError(
             "no gate has seen a forward pass in training mode: call gated.train() and run a "

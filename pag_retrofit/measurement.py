@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import as_map, pattern_mask
-from pag_retrofit.gates import MaskOverride, PixelGate, named_gates, state_of
+from pag_retrofit.gates import Gate, MaskOverride, named_gates, state_of
+from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.tracing import MacCounter
 
 
@@ -28,7 +29,12 @@ class Measurement:
         macs: Multiply-accumulates of the gated network, all images.
         total_macs: Those of the original network.
         open_rates: Site -> mean of its mask.
-        masks: Site -> mask of the last forward pass, bool (B, 1, h, w), on the CPU.
+        masks: Site -> mask of the last forward pass, bool (B, 1, h, w), on the CPU; of a branch
+            selector, the pixels that take more than the cheapest branch.
+        branch_shares: Site of a branch selector -> factor on the dilation -> share of pixels that
+            chose it; 0 is the identity (or a 1x1 branch), -1 all branches of an ASPP.
+        branch_maps: Site of a branch selector -> factor that each pixel chose in the last forward
+            pass, int64 (B, h, w), on the CPU.
         compute_map: MACs per input pixel of the last forward pass, float64 (B, H, W), on the
             CPU. What is computed densely is spread evenly; the sum is that pass's `macs`.
     """
@@ -39,12 +45,14 @@ class Measurement:
         self.macs = 0
         self.total_macs = 0
         self.masks: dict[str, Tensor] = {}
+        self.branch_maps: dict[str, Tensor] = {}
+        self._chosen: dict[str, dict[int, int]] = {}
         self._open: dict[str, float] = {}
         self._pixels: dict[str, int] = {}
         self._site_map: Tensor | None = None
         self._dense_macs = 0
         self._input_shape: tuple[int, ...] = ()
-        self._pass: list[tuple[PixelGate, Tensor, tuple[int, int]]] = []
+        self._pass: list[_Decision] = []
 
     @property
     def fraction(self) -> float:
@@ -60,6 +68,14 @@ class Measurement:
     def open_rates(self) -> dict[str, float]:
         """Mean of each site's mask over all images."""
         return {site: self._open[site] / self._pixels[site] for site in self._open}
+
+    @property
+    def branch_shares(self) -> dict[str, dict[int, float]]:
+        """See the class; over all images."""
+        return {
+            site: {factor: n / self._pixels[site] for factor, n in counts.items()}
+            for site, counts in self._chosen.items()
+        }
 
     @property
     def compute_map(self) -> Tensor:
@@ -81,9 +97,11 @@ class Measurement:
         self._pass = []
         self._input_shape = shape
 
-    def _observe(self, gate: PixelGate, inputs: tuple[Any, ...], mask: Tensor) -> None:
+    def _observe(self, gate: Gate, inputs: tuple[Any, ...], decision: Tensor) -> None:
         height, width = as_map(inputs[0], gate.layout).shape[2:]
-        self._pass.append((gate, mask.detach().float(), (int(height), int(width))))
+        overhead = gate.overhead(decision)  # what ran depends on whether there is a gradient
+        size = (int(height), int(width))
+        self._pass.append(_Decision(gate, decision.detach().float(), size, overhead))
 
     def _finish_pass(self, executed_macs: int) -> None:
         """Turn what ran (everything, densely) into what was needed."""
@@ -91,35 +109,52 @@ class Measurement:
         original, needed = executed_macs, 0
         self._site_map = torch.zeros(batch, height, width, dtype=torch.float64)
         dense = executed_macs
-        for gate, mask, size in self._pass:
-            cost, output_size = gate.cost, (mask.shape[2], mask.shape[3])
-            extras = mask.numel() * (cost.gate_macs + cost.bypass_macs)
-            original -= extras
-            dense -= extras + mask.shape[0] * cost.full_macs(size, output_size)
-            needed += self._add_site(gate, mask, size)
+        choices = {seen.gate.site: seen.decision for seen in self._pass}
+        for seen in self._pass:
+            maps, _, out_height, out_width = seen.decision.shape
+            original -= maps * seen.overhead
+            dense -= maps * seen.overhead
+            self._note(seen)
+            if not seen.gate.inside:  # else the branch around it counts it
+                dense -= maps * seen.gate.cost.full_macs(seen.size, (out_height, out_width))
+                needed += self._add_site(seen, choices)
         self._dense_macs = dense
         self.images += batch
         self.macs += dense + needed
         self.total_macs += original
 
-    def _add_site(self, gate: PixelGate, mask: Tensor, size: tuple[int, int]) -> int:
-        """Count one gate's pass, paint its map, and return its MACs."""
-        cost = gate.cost
-        closed = 1 - mask
-        maps = [(cost.gate_macs, torch.ones_like(mask)), (cost.bypass_macs, closed)]
-        needed = cost.operation_masks(mask, size)
-        maps += [(o.macs, m) for o, m in zip(cost.operations, needed, strict=True)]
+    def _note(self, seen: _Decision) -> None:
+        """Keep the mask and the branches of a decision."""
+        site, mask = seen.gate.site, seen.gate.opened(seen.decision)
+        self.masks[site] = mask.bool().cpu()
+        self._open[site] = self._open.get(site, 0.0) + float(mask.double().sum())
+        self._pixels[site] = self._pixels.get(site, 0) + mask.numel()
+        if isinstance(seen.gate, BranchSelector):
+            self.branch_maps[site] = chosen = seen.gate.factors_of(seen.decision).cpu()
+            counts = self._chosen.setdefault(site, {})
+            for factor in seen.gate.spec.factors:
+                counts[factor] = counts.get(factor, 0) + int((chosen == factor).sum())
+
+    def _add_site(self, seen: _Decision, choices: Mapping[str, Tensor]) -> int:
+        """Paint the map of a site, and return its MACs."""
         assert self._site_map is not None
         total = 0
-        for macs, where in maps:
+        mask = seen.gate.site_mask(seen.decision)
+        for macs, where in seen.gate.cost.charges(mask, seen.size, choices):
             count = int(where.double().sum())
             if macs and count:
                 total += macs * count
                 self._site_map += macs * _spread(where, self._site_map.shape)
-        self.masks[gate.site] = mask.bool().cpu()
-        self._open[gate.site] = self._open.get(gate.site, 0.0) + float(mask.double().sum())
-        self._pixels[gate.site] = self._pixels.get(gate.site, 0) + mask.numel()
         return total
+
+
+class _Decision(NamedTuple):
+    """What a gate decided in one forward pass, the size of its input, and its overhead."""
+
+    gate: Gate
+    decision: Tensor
+    size: tuple[int, int]
+    overhead: int
 
 
 def _spread(where: Tensor, shape: torch.Size) -> Tensor:
@@ -200,6 +235,9 @@ def override_gates(
 ) -> Iterator[None]:
     """Force made-up masks on all gates inside the block.
 
+    A branch selector chooses the branch it started with at open pixels, and the cheapest one at
+    closed ones.
+
     Args:
         gated: A gated network.
         density: Fraction of open pixels of every gate and image, in [0, 1].
@@ -220,3 +258,31 @@ def override_gates(
     finally:
         for gate, override in zip(gates, before, strict=True):
             gate.override = override
+
+
+@contextlib.contextmanager
+def override_branches(gated: nn.Module, *, seed: int = 0) -> Iterator[None]:
+    """Force random choices on all branch selectors inside the block; gates decide as before.
+
+    Each pixel chooses any branch with the same probability. This goes before `override_gates`,
+    which may be used together with it.
+
+    Args:
+        gated: A gated network.
+        seed: The same seed and shape give the same choices.
+
+    Raises:
+        PagError: The network is not gated, or has no branch selector.
+    """
+    state_of(gated)
+    selectors = [gate for _, gate in named_gates(gated) if isinstance(gate, BranchSelector)]
+    if not selectors:
+        raise PagError("the network has no branch selector: retrofit it with multipool")
+    before = [selector.forced_seed for selector in selectors]
+    try:
+        for selector in selectors:
+            selector.forced_seed = seed
+        yield
+    finally:
+        for selector, forced in zip(selectors, before, strict=True):
+            selector.forced_seed = forced

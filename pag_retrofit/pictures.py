@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -36,6 +37,7 @@ _INK, _FAINT, _TRACK = "#222222", "#767676", "#ececec"
 # Inches: places are computed, not left to a layout engine.
 _MARGIN, _GAP, _TITLE, _HEAD = 0.08, 0.06, 0.28, 0.26
 _LEGEND_COLUMNS, _LEGEND_LINE = 6, 0.2
+_MOST_SITES, _WIDEST_IMAGE = 4, 3.0
 _COLUMNS = ("image", "label", "prediction", "compute (% of dense)")
 
 
@@ -116,6 +118,57 @@ def prediction_panel(
     _class_legend(figure, patches, foot - 0.02)
     bar = _axes(figure, (_MARGIN + 3 * (side + _GAP) + 0.1, foot - 0.16, side - 0.2, 0.1))
     _colour_bar(figure, bar, scale)
+    return figure
+
+
+def branch_panel(image: Tensor, branch_maps: Mapping[str, Tensor], *, title: str = "") -> Figure:
+    """Draw a row per sample: the image, and which branch each pixel chose at each site.
+
+    Args:
+        image: (B, 3, H, W) float in [0, 1], not normalised.
+        branch_maps: Site -> factor on the dilation (B, h, w), as `Measurement.branch_maps` has
+            them; at most four sites.
+        title: Above the panel; default none.
+
+    Raises:
+        PagError: There are no sites or more than four, or the shapes do not fit each other.
+    """
+    sites = list(branch_maps)
+    if image.dim() != 4 or image.shape[1] != 3 or not 1 <= len(sites) <= _MOST_SITES:
+        raise PagError(
+            f"image has shape {tuple(image.shape)} and branch_maps holds {sites}: expected "
+            f"(B, 3, H, W), and one to {_MOST_SITES} sites"
+        )
+    rows = len(image)
+    wrong = [
+        site for site in sites if branch_maps[site].dim() != 3 or len(branch_maps[site]) != rows
+    ]
+    if wrong:
+        raise PagError(f"branch_maps of {wrong}: expected shapes ({rows}, h, w)")
+    height, width = image.shape[2:]
+    columns = len(sites) + 1
+    side = min((_WIDTH - 2 * _MARGIN - len(sites) * _GAP) / columns, _WIDEST_IMAGE)
+    tall = side * height / width
+    foot, head = 0.36, _HEAD + (_TITLE if title else 0)
+    total = head + rows * (tall + _GAP) + foot
+    figure = _figure(total, title)
+    factors = sorted({int(factor) for chosen in branch_maps.values() for factor in chosen.unique()})
+    colours = _branch_colours(factors)
+    for row in range(rows):
+        pictures = {"image": image[row].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()}
+        for site in sites:
+            chosen = branch_maps[site][row].cpu().numpy()
+            pictures[site] = np.stack([colours[int(f)] for f in chosen.flat]).reshape(
+                *chosen.shape, 3
+            )
+        bottom = total - head - row * (tall + _GAP) - tall
+        for column, (name, picture) in enumerate(pictures.items()):
+            axes = _axes(figure, (_MARGIN + column * (side + _GAP), bottom, side, tall))
+            axes.imshow(picture, interpolation="nearest", aspect="auto")
+            if row == 0:
+                axes.set_title(_shortened(name, side), fontsize=9, color=_INK, pad=4)
+    patches = [Patch(facecolor=colours[f], label=_branch_name(f)) for f in factors]
+    _class_legend(figure, patches, foot - 0.02)
     return figure
 
 
@@ -301,6 +354,26 @@ def _common_scale(compute_map: Tensor) -> Normalize:
     high = math.ceil(float(values.max()) * 20 - 1e-6) / 20
     low = max(0.0, min(low, high - 0.1))
     return Normalize(low, max(high, low + 0.1))
+
+
+def _branch_colours(factors: Sequence[int]) -> dict[int, tuple[float, float, float]]:
+    """Grey without neighbours, red for all branches at once, dilations from dark to light."""
+    dilations = [factor for factor in factors if factor > 0]
+    places = np.linspace(0.05, 0.95, max(len(dilations), 2))
+    shades = colormaps[_COMPUTE_COLOURS](places)[:, :3]
+    colours = {f: tuple(shade) for f, shade in zip(dilations, shades, strict=False)}
+    return {0: (0.7, 0.7, 0.7), -1: (0.84, 0.37, 0.0), **colours}
+
+
+def _branch_name(factor: int) -> str:
+    special = {0: "no neighbours", -1: "all branches"}
+    return special.get(factor, f"dilation {factor}")
+
+
+def _shortened(name: str, inches: float) -> str:
+    """The end of a name, as much as fits."""
+    letters = int(inches / 0.075)
+    return name if len(name) <= letters else "…" + name[1 - letters :]
 
 
 def _class_legend(figure: Figure, patches: list[Patch], top: float) -> None:

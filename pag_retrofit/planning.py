@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import BudgetError, NoSitesError, PagError
 from pag_retrofit.gates import (
+    Gate,
     GatedModule,
     PixelGate,
     collapsed_kernel,
     gate_branch_end,
     gate_convolution,
 )
-from pag_retrofit.rewriting import BlockRewriter, GatedBlock
+from pag_retrofit.multipool import BranchSelector, MultiPoolConv2d, PoolSelector
+from pag_retrofit.pool_rewriting import PoolRewriter
+from pag_retrofit.pool_sites import find_pools
+from pag_retrofit.rewriting import GatedBlock
 from pag_retrofit.sites import Findings, Site, find_sites
 from pag_retrofit.tracing import (
     NetworkGraph,
@@ -67,24 +71,29 @@ class Plan:
     @property
     def gateable_share(self) -> float:
         """Fraction of the network's MACs inside sites."""
-        return sum(site.macs for site in self.sites) / self.total_macs
+        return sum(site.macs for site in self._outermost) / self.total_macs
+
+    @property
+    def _outermost(self) -> list[Site]:
+        """Sites whose MACs no other site counts."""
+        return [site for site in self.sites if not site.inside]
 
     @property
     def gate_share(self) -> float:
-        """MACs of all gates as a fraction of the network's."""
+        """MACs of all gates and selectors as a fraction of the network's."""
         return sum(site.gate_macs for site in self.sites) / self.total_macs
 
     @property
     def floor(self) -> float:
-        """Smallest compute fraction: every pixel closed, gates and bypasses paid."""
-        closed = sum(site.floor_macs for site in self.sites)
+        """Smallest compute fraction: every pixel takes the cheapest way, gates are paid."""
+        closed = sum(site.floor_macs for site in self._outermost)
         return 1 - self.gateable_share + closed / self.total_macs
 
     @property
     def rho(self) -> float:
         """Open rate that would meet the budget if all gates had the same and masks no halo."""
-        open_all = 1 + self.gate_share
-        return min(1.0, (self.budget - self.floor) / (open_all - self.floor))
+        span = 1 + self.gate_share - self.floor
+        return min(1.0, max(0.0, self.budget - self.floor) / span) if span > 0 else 1.0
 
     def check_budget(self) -> None:
         """Refuse a budget that the network cannot reach.
@@ -101,7 +110,7 @@ class Plan:
                 f"{self.network} has nothing to gate ({reasons}). Expected residual branches or "
                 "convolutions larger than 1x1; print plan(...) for every layer and its reason"
             )
-        if self.budget < self.floor:
+        if self.budget < min(self.floor, 1.0):  # 1 asks for no saving, selectors may cost more
             raise BudgetError(
                 f"budget={self.budget}: {self.network} cannot go below its floor of "
                 f"{self.floor:.3f} of its MACs. {self._advice()}"
@@ -140,6 +149,7 @@ class Plan:
                     "share": site.macs / self.total_macs,
                     "halo": site.cost.halo,
                     "bypass": site.bypass,
+                    "inside": site.inside,
                     "rho": self.rho,
                     "layers": list(site.layers),
                 }
@@ -169,7 +179,8 @@ class Plan:
         for site in self.sites:
             share = f"{site.macs / self.total_macs:.1%}"
             halo = str(site.cost.halo)
-            table.add_row(site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, site.bypass)
+            bypass = f"{site.bypass}, counted in {site.inside}" if site.inside else site.bypass
+            table.add_row(site.name, site.kind, f"{site.macs / 1e6:.1f}", share, halo, bypass)
         table.add_section()
         for reason, layers in _grouped(self.dense).items():
             macs = sum(layer.macs for layer in layers)
@@ -269,7 +280,16 @@ class Surgery:
         """
         refused: dict[str, str] = {}
         while True:
-            findings = find_sites(self.model, network, self.config, refused)
+            pools = find_pools(self.model, network, self.config, refused)
+            findings = find_sites(
+                self.model,
+                network,
+                self.config,
+                refused,
+                pooled=pools.windows,
+                covered=pools.covered,
+            )
+            pools.complete(findings)
             self.replacements = {}
             refusals = self._replace_modules(findings) | self._replace_blocks(findings, network)
             if not refusals:
@@ -280,26 +300,40 @@ class Surgery:
         """Gate single modules; return those that refuse, with the reason."""
         refusals = {}
         for site in findings.sites:
-            if site.owner != site.name or (site.kind == "branch" and site.add_index is not None):
-                continue
-            module = self.modules[site.name]
             try:
-                if site.kind == "branch":
-                    gated: nn.Module = gate_branch_end(module, self._gate(site))
-                else:
-                    assert isinstance(module, nn.Conv2d)
-                    bypass = collapsed_kernel(module) if site.bypass == "collapsed" else None
-                    gated = gate_convolution(module, self._gate(site), bypass)
-                self.replacements[site.name] = gated
+                if site.kind == "multipool":
+                    self.replacements[site.name] = self._multipool(site)
+                elif site.is_one_module:
+                    self.replacements[site.name] = self._gated_module(site)
             except UntraceableError as reason:
                 refusals[site.name] = str(reason)
         return refusals
+
+    def _gated_module(self, site: Site) -> nn.Module:
+        module, gate = self.modules[site.name], self._gate(site)
+        assert isinstance(gate, PixelGate)
+        if site.kind == "branch":
+            return gate_branch_end(module, gate)
+        assert isinstance(module, nn.Conv2d)
+        bypass = collapsed_kernel(module) if site.bypass == "collapsed" else None
+        return gate_convolution(module, gate, bypass)
+
+    def _multipool(self, site: Site) -> MultiPoolConv2d:
+        """A convolution with branches; its block holds the selector if closed pixels bypass it."""
+        conv, factors = self.modules[site.name], site.selector.factors if site.selector else ()
+        assert isinstance(conv, nn.Conv2d) and self.config.multipool is not None
+        if not site.is_one_module:
+            factors = tuple(factor for factor in factors if factor)
+        pooled = MultiPoolConv2d.from_conv(conv, factors, shared=self.config.multipool.shared)
+        if site.is_one_module:
+            pooled.add_module("pag_pool", self._gate(site))
+        return pooled
 
     def _replace_blocks(self, findings: Findings, network: NetworkGraph) -> dict[str, str]:
         """Rewrite blocks, inner ones first; return those that refuse, with the reason."""
         blocks: dict[str, list[Site]] = defaultdict(list)
         for site in findings.sites:
-            if site.name not in self.replacements:
+            if not site.is_one_module:
                 blocks[site.owner].append(site)
         layers = frozenset(name for name, layer in findings.layers.items() if layer.macs)
         constants = network.observed.constants
@@ -331,7 +365,7 @@ class Surgery:
         )
         for opened in (_opened(path, sites), None):
             try:
-                rewriter = BlockRewriter(self.modules[path], path, layers, opened, inner, constants)
+                rewriter = PoolRewriter(self.modules[path], path, layers, opened, inner, constants)
                 for site in sites:
                     rewriter.insert(site, self._gate(site))
                 return rewriter.finish()
@@ -339,14 +373,27 @@ class Surgery:
                 reason = error
         raise reason
 
-    def _gate(self, site: Site) -> PixelGate:
-        gate = PixelGate(
-            site.channels,
-            site.cost,
-            layout=site.layout,
-            site=site.name,
-            initial_probability=self.config.gate.initial_probability,
-        )
+    def _gate(self, site: Site) -> Gate:
+        probability = self.config.gate.initial_probability
+        gate: Gate
+        if site.selector is None:
+            gate = PixelGate(
+                site.channels,
+                site.cost,
+                layout=site.layout,
+                site=site.name,
+                initial_probability=probability,
+                copy_input=site.overwritten,
+            )
+        else:
+            kind = PoolSelector if site.kind == "multipool" else BranchSelector
+            gate = kind(
+                site.selector,
+                site.cost,
+                site=site.name,
+                inside=site.inside,
+                initial_probability=probability,
+            )
         like = next(self.modules[site.owner].parameters(), None)
         if like is not None and like.is_floating_point():
             gate.to(like.device, like.dtype)
@@ -361,7 +408,7 @@ def _check_model(model: nn.Module, budget: float) -> None:
         )
     if not isinstance(model, nn.Module):
         raise PagError(f"model={model!r}: expected a torch.nn.Module")
-    if any(isinstance(m, GatedModule | GatedBlock | PixelGate) for m in model.modules()):
+    if any(isinstance(m, Gate | GatedModule | GatedBlock) for m in model.modules()):
         raise PagError(
             f"{type(model).__name__} is gated already: use set_budget() for another budget, or "
             "remove() before retrofitting it anew"
@@ -371,7 +418,7 @@ def _check_model(model: nn.Module, budget: float) -> None:
 def _opened(path: str, sites: list[Site]) -> frozenset[str]:
     """Modules of a block that its sites make it necessary to trace through."""
     owners = {pool.owner for site in sites for pool in site.pools}
-    owners |= {site.name.rpartition(".")[0] for site in sites if site.kind == "conv"}
+    owners |= {site.name.rpartition(".")[0] for site in sites if site.kind in ("conv", "multipool")}
     opened: set[str] = set()
     for owner in owners:
         parts = owner.removeprefix(path).removeprefix(".").split(".")

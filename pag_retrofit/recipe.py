@@ -25,10 +25,10 @@ from pydantic import (
     model_validator,
 )
 
-from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.config import MultiPoolConfig, RetrofitConfig
 from pag_retrofit.errors import RecipeError
 
-Stage = Literal["dense", "reference", "gated"]
+Stage = Literal["dense", "reference", "average", "gated"]
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -292,12 +292,12 @@ class Recipe(Section):
         name: name of the run.
         output: folder of the results.
         seed: seed of weights, data order, augmentation and gate noise.
-        stages: what is run, in the order dense, reference, gated.
+        stages: what is run, in the order dense, reference, average, gated.
         model: the network.
         data: the data set.
         task: the task.
         dense: schedule of the ungated network; needed for the stage `dense`.
-        gated: gating; needed for the stages `gated` and `reference`.
+        gated: gating; needed for the stages `gated`, `reference` and `average`.
         runtime: how it is carried out.
     """
 
@@ -316,10 +316,18 @@ class Recipe(Section):
     def _stages_have_sections(self) -> Recipe:
         if "dense" in self.stages and self.dense is None:
             raise ValueError("the stage dense needs the section dense")
-        for stage in ("reference", "gated"):
+        for stage in ("reference", "average", "gated"):
             if stage in self.stages and self.gated is None:
                 raise ValueError(f"the stage {stage} needs the section gated")
+        if "average" in self.stages and self.multipool is None:
+            raise ValueError("the stage average needs gated.retrofit.multipool")
         return self
+
+    @property
+    def multipool(self) -> MultiPoolConfig | None:
+        """What `gated.retrofit.multipool` asks for."""
+        fields = self.gated.retrofit if self.gated is not None else {}
+        return RetrofitConfig.from_dict(fields).multipool
 
     def to_yaml(self) -> str:
         """The recipe with all defaults and variables filled in."""

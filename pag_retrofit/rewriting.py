@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +16,7 @@ from pag_retrofit.functional import (
     renormalize_pool,
     subsample,
 )
-from pag_retrofit.gates import PixelGate
+from pag_retrofit.gates import Gate
 from pag_retrofit.locality import ACTIVATIONS, Node, Pool
 from pag_retrofit.sites import Site
 from pag_retrofit.tracing import UntraceableError, ancestors, trace_block
@@ -40,7 +40,7 @@ class GatedBlock(fx.GraphModule):
 
     @classmethod
     def from_block(
-        cls, block: nn.Module, graph: fx.Graph, gates: dict[str, PixelGate]
+        cls, block: nn.Module, graph: fx.Graph, gates: Mapping[str, nn.Module]
     ) -> GatedBlock:
         """Wrap a block whose graph calls the given gates; its content is shared, not copied."""
         shell = nn.Module()
@@ -124,9 +124,9 @@ class BlockRewriter:
         self.path = path
         self.layers = layers
         self.graph = trace_block(block, opened, leaves, constants)
-        self.gates: dict[str, PixelGate] = {}
+        self.gates: dict[str, nn.Module] = {}
 
-    def insert(self, site: Site, gate: PixelGate) -> None:
+    def insert(self, site: Site, gate: Gate) -> None:
         """Put a site's gate into the graph.
 
         Raises:
@@ -142,7 +142,7 @@ class BlockRewriter:
         self.graph.lint()
         return GatedBlock.from_block(self.block, self.graph, self.gates)
 
-    def _insert_branch(self, site: Site, gate: PixelGate) -> None:
+    def _insert_branch(self, site: Site, gate: Gate) -> None:
         assert site.add_index is not None
         add = self._addition(site.add_index)
         branch, shortcut = add.args[site.operand], add.args[1 - site.operand]
@@ -169,14 +169,22 @@ class BlockRewriter:
     def _laid(self, mask: Node, layout: str) -> Node:
         return mask if layout == "BCHW" else self.graph.call_function(mask_as, (mask, layout))
 
-    def _insert_identity(self, site: Site, gate: PixelGate) -> None:
+    def _insert_identity(self, site: Site, gate: Gate) -> None:
+        call = self._only_call(site)
+        mask = self._call_gate("pag_gate_" + call.target.replace(".", "_"), gate, call.args[0])
+        self._mix_in(call, mask, site)
+
+    def _only_call(self, site: Site) -> Node:
+        """The call of the convolution that a site is named after."""
         relative = site.name.removeprefix(self.path + ".")
         calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == relative]
         if len(calls) != 1:
             raise UntraceableError(f"{relative} is called {len(calls)} times in the block")
-        entry = calls[0].args[0]
-        end = self._chain_end(calls[0])
-        mask = self._call_gate("pag_gate_" + relative.replace(".", "_"), gate, entry)
+        return calls[0]
+
+    def _mix_in(self, call: Node, mask: Node, site: Site) -> None:
+        """Let the closed pixels of conv -> norm -> activation pass the input on."""
+        entry, end = call.args[0], self._chain_end(call)
         with self.graph.inserting_after(end):
             mixed = self.graph.call_function(mix)
         end.replace_all_uses_with(mixed)
@@ -204,7 +212,7 @@ class BlockRewriter:
             )
         return self._kind(node) in ACTIVATIONS
 
-    def _call_gate(self, name: str, gate: PixelGate, entry: Node) -> Node:
+    def _call_gate(self, name: str, gate: Gate, entry: Node) -> Node:
         self.gates[name] = gate
         after = entry
         if entry.op == "placeholder":  # placeholders stay together at the top

@@ -9,16 +9,19 @@ import fnmatch
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import fx, nn
 
 from pag_retrofit.config import RetrofitConfig
-from pag_retrofit.cost import GatedOperation, SiteCost
+from pag_retrofit.cost import GatedOperation, SelectorSpec, SiteCost
+from pag_retrofit.functional import Window
 from pag_retrofit.locality import (
     ACTIVATIONS,
     LAYERS,
+    VIEWS,
     ZERO_PRESERVING,
     BranchAnalysis,
     Node,
@@ -40,7 +43,7 @@ class Site:
 
     Args:
         name: Path of the block (branch) or of the module.
-        kind: `"branch"` or `"conv"`.
+        kind: `"branch"`, `"conv"`, `"multipool"` or `"aspp"`.
         owner: Path of the module that is rewritten.
         bypass: What closed pixels get: `"shortcut"`, `"identity"`, `"collapsed"`, `"coarse"`.
         channels: Of the gate's input.
@@ -54,6 +57,10 @@ class Site:
         operand: Branch: which side of that addition it is.
         pools: Branch: reductions inside it that go over gated pixels.
         layers: Every convolution and linear layer inside, per-image ones included.
+        selector: MultiPool, ASPP: shape of the selector.
+        window: MultiPool: of the convolution.
+        inside: MultiPool: the branch site that it lies in and that counts its MACs, if one does.
+        overwritten: Branch: its input is changed in place once the gate has read it.
     """
 
     name: str
@@ -70,6 +77,17 @@ class Site:
     operand: int = 0
     pools: tuple[Pool, ...] = ()
     layers: tuple[str, ...] = ()
+    selector: SelectorSpec | None = None
+    window: Window | None = None
+    inside: str = ""
+    overwritten: bool = False
+
+    @property
+    def is_one_module(self) -> bool:
+        """Whether the module `name` is replaced as a whole, and no block around it rewritten."""
+        if self.kind == "branch":
+            return self.add_index is None
+        return self.kind != "aspp" and self.owner == self.name
 
     @property
     def macs(self) -> int:
@@ -109,7 +127,10 @@ def find_sites(
     model: nn.Module,
     network: NetworkGraph,
     config: RetrofitConfig,
-    refused: Mapping[str, str] | None = None,
+    refused: Mapping[str, str],
+    *,
+    pooled: Mapping[str, Window] = MappingProxyType({}),
+    covered: Collection[str] = (),
 ) -> Findings:
     """List every layer of a network, and the sites that a configuration asks for.
 
@@ -120,8 +141,14 @@ def find_sites(
         network: Its exported graph.
         config: What is asked for.
         refused: Owners whose blocks turned out not to be rewritable, with the reason.
+        pooled: MultiPool convolution -> window; such a one gets no site here, yet branches may
+            hold it.
+        covered: Layers that other sites hold.
     """
-    return _Finder(model, network, config, refused or {}).run()
+    finder = _Finder(model, network, config, refused)
+    finder.pooled = pooled
+    finder.covered.update(covered)
+    return finder.run()
 
 
 class _Finder:
@@ -145,6 +172,7 @@ class _Finder:
         self.calls: Counter[str] = Counter()
         self.covered: set[str] = set()
         self.per_image: set[str] = set()
+        self.pooled: Mapping[str, Window] = {}
         self.found = Findings()
 
     def run(self) -> Findings:
@@ -190,7 +218,7 @@ class _Finder:
         """Path of the layer; of the weight, or the node's name, where no layer computes it."""
         weight = self.network.parameter_of.get(node.args[1].name, "")
         owner = self.network.owner(node)
-        for path in (weight.removesuffix(".weight"), owner):
+        for path in (owner, weight.removesuffix(".weight")):
             if isinstance(self.modules.get(path), LAYER_TYPES):
                 return path
         return weight or node.name
@@ -322,9 +350,19 @@ class _Finder:
             operand=place[1] if place else 0,
             pools=tuple(analysis.pools),
             layers=tuple(layers),
+            overwritten=self._is_overwritten(entry, owner),
         )
         self._check_worth(site)
         return site
+
+    def _is_overwritten(self, entry: Node, owner: str) -> bool:
+        """Tell whether the site changes what its gate reads.
+
+        In the exported graph the result of an operator that works in place stands for its input
+        from then on; in the block's own graph the gate may come before that operator.
+        """
+        own = f"{self.network.owner(entry)}.".startswith(f"{owner}.")
+        return _is_overwritten(entry) or (own and operator_name(entry).endswith("_"))
 
     def _analyse(
         self, entry: Node, end: Node, inside: list[Node]
@@ -334,9 +372,11 @@ class _Finder:
         layouts = [layout for layout in LAYOUTS if len(layout) == rank]
         if not layouts:
             raise NotPixelLocalError(f"its input has {rank} axes: neither a map nor tokens")
+        names = {node: self.layer_of.get(node, "") for node in inside}
+        choosing = {n: self.pooled[name] for n, name in names.items() if name in self.pooled}
         furthest: tuple[int, NotPixelLocalError] | None = None
         for layout in layouts:
-            analysis = BranchAnalysis(self.network, set(inside), entry, end, layout)
+            analysis = BranchAnalysis(self.network, set(inside), entry, end, layout, choosing)
             try:
                 return analysis, analysis.run()
             except NotPixelLocalError as reason:
@@ -363,7 +403,7 @@ class _Finder:
     def _find_convolutions(self) -> None:
         node_of = {name: node for node, name in self.layer_of.items()}
         for name, layer in self.found.layers.items():
-            if name in self.covered | self.per_image or not layer.macs:
+            if name in self.covered | self.per_image | self.pooled.keys() or not layer.macs:
                 continue
             call = self.network.observed.calls.get(name)
             if call is None:
@@ -395,7 +435,8 @@ class _Finder:
             raise NotPixelLocalError(self.refused[name])
         self._check_wanted(name)
         offset = _centre_offset(conv, call)
-        owner = self._identity_owner(node) if node is not None else ""
+        excluded = self.aliased | self.refused.keys()
+        owner = "" if node is None else identity_owner(node, self.network, self.config, excluded)
         bypass = "identity" if owner else "collapsed" if taps > 1 else "coarse"
         macs = math.prod(conv.weight.shape)
         cost = SiteCost(
@@ -421,23 +462,6 @@ class _Finder:
         self._check_worth(site)
         return site
 
-    def _identity_owner(self, conv: Node) -> str:
-        """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
-        wanted = self.config.bypass
-        if wanted == "collapsed" or (wanted == "auto" and self.config.scope == "branch"):
-            return ""
-        if self.network.value(conv).shape[1] != self.network.value(conv.args[0]).shape[1]:
-            return ""
-        paths = [self.network.owner(conv)]
-        node = conv
-        while len(node.users) == 1:
-            node = next(iter(node.users))
-            if operator_name(node) not in ACTIVATIONS | {"batch_norm"}:
-                break
-            paths.append(self.network.owner(node))
-        owner = _common_parent(paths)
-        return "" if owner in self.aliased or owner in self.refused else owner
-
     # --- checks ---------------------------------------------------------------------------
 
     def _check_wanted(self, name: str) -> None:
@@ -451,6 +475,26 @@ class _Finder:
             raise NotPixelLocalError(f"below min_share={self.config.min_share:g} of the MACs")
         if site.floor_macs >= site.macs:
             raise NotPixelLocalError("its gate and bypass cost as much as it does")
+
+
+def identity_owner(
+    conv: Node, network: NetworkGraph, config: RetrofitConfig, excluded: Collection[str]
+) -> str:
+    """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
+    wanted = config.bypass
+    if wanted == "collapsed" or (wanted == "auto" and config.scope == "branch"):
+        return ""
+    if network.value(conv).shape[1] != network.value(conv.args[0]).shape[1]:
+        return ""
+    paths = [network.owner(conv)]
+    node = conv
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if operator_name(node) not in ACTIVATIONS | {"batch_norm"}:
+            break
+        paths.append(network.owner(node))
+    owner = _common_parent(paths)
+    return "" if owner in excluded else owner
 
 
 def _entry(end: Node, inside: list[Node], readers: set[Node], network: NetworkGraph) -> Node:
@@ -469,6 +513,16 @@ def _entry(end: Node, inside: list[Node], readers: set[Node], network: NetworkGr
     if len(entries) != 1:
         raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
     return entries.pop()
+
+
+def _is_overwritten(node: Node) -> bool:
+    """Tell whether an operator changes a tensor in place, or a view of it."""
+    for user in node.users:
+        if user.args and user.args[0] is node:
+            name = operator_name(user)
+            if name.endswith("_") or (name in VIEWS and _is_overwritten(user)):
+                return True
+    return False
 
 
 def _reaches(node: Node, end: Node) -> bool:

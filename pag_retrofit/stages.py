@@ -1,4 +1,4 @@
-"""The stages of a recipe: dense, reference and gated, each in a folder of its own.
+"""The stages of a recipe: dense, reference, average and gated, each in a folder of its own.
 
 A stage that is complete is skipped, one that was interrupted goes on from its last checkpoint.
 """
@@ -30,6 +30,7 @@ from pag_retrofit.building import (
 from pag_retrofit.calibration import calibrate, set_budget
 from pag_retrofit.checkpoints import write_json, write_text
 from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
@@ -55,7 +56,7 @@ _WITHOUT_EFFECT = {
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Runs the stages of a recipe, in the order dense, reference, gated.
+    """Runs the stages of a recipe, in the order dense, reference, average, gated.
 
     Writes `{output}/{stage}/` with `model.safetensors` (the last weights), `best.safetensors`,
     `metrics.json`, `recipe.yaml` and `environment.json`. A gated stage is named by its budget,
@@ -81,8 +82,9 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
     if "dense" in recipe.stages:
         assert recipe.dense is not None
         stages.append(Stage("dense", recipe.output / "dense", recipe.dense))
-    if recipe.gated is not None and "reference" in recipe.stages:
-        stages.append(Stage("reference", recipe.output / "reference", recipe.gated))
+    for name in ("reference", "average"):
+        if recipe.gated is not None and name in recipe.stages:
+            stages.append(Stage(name, recipe.output / name, recipe.gated))
     if recipe.gated is not None and "gated" in recipe.stages:
         for budget in recipe.gated.budgets:
             name = f"gated-{budget:.2f}"
@@ -126,14 +128,16 @@ def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
     if stage.name == "dense":
         return build_network(recipe.model)
     network = _dense_network(recipe)
-    if stage.budget is None:
+    if stage.name == "reference":
         return network
-    assert isinstance(stage.schedule, GatedSection)
-    image = evaluation_data(recipe)[0]["image"]
+    shape = (1, *evaluation_data(recipe)[0]["image"].shape)
+    if stage.name == "average":
+        return average_branches(network, example_input=shape, config=recipe.multipool, inplace=True)
+    assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
     return retrofit(
         network,
         stage.budget,
-        example_input=(1, *image.shape),
+        example_input=shape,
         config=RetrofitConfig.from_dict(stage.schedule.retrofit),
         inplace=True,
     )
@@ -261,9 +265,16 @@ def _settings(stage: Stage, values: Any) -> Iterator[tuple[str, Any]]:
         section, _, rest = key.partition(".")
         if section in skipped or key in _WITHOUT_EFFECT or rest.startswith("budgets"):
             continue
-        if stage.name == "reference" and section == "gated" and rest not in Schedule.model_fields:
+        if section == "gated" and not _is_used(stage, rest):
             continue
         yield key, value
+
+
+def _is_used(stage: Stage, key: str) -> bool:
+    """Whether a key of the section gated has an effect on a stage."""
+    if stage.budget is not None or key in Schedule.model_fields:
+        return True
+    return stage.name == "average" and key.startswith("retrofit.multipool")
 
 
 def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

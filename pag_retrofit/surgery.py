@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.gates import GatedModule, RetrofitState, state_of
+from pag_retrofit.multipool import MultiPoolConv2d
 from pag_retrofit.planning import Surgery
 from pag_retrofit.rewriting import GatedBlock
 
@@ -74,7 +75,7 @@ def remove(gated: nn.Module) -> nn.Module:
         PagError: The network is not gated.
     """
     state_of(gated)
-    for kind in (GatedBlock, GatedModule):  # blocks may hold gated convolutions
+    for kind in (GatedBlock, GatedModule, MultiPoolConv2d):  # blocks may hold the others
         for path, module in list(gated.named_modules()):
             if isinstance(module, kind):
                 parent, _, name = path.rpartition(".")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
+import logging
 import math
 import operator
 import warnings
@@ -246,8 +248,7 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     observed = Observation(max(example.shape[0], 1))
     observed.run(model, example)
     copied = shadow(model)
-    with in_mode(copied), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with in_mode(copied), _quietly():
         try:
             exported = torch.export.export(copied, (example,), strict=False)
         except Exception as error:
@@ -256,6 +257,19 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return NetworkGraph(exported.graph, dict(names), observed)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence what torch says of a network that it cannot export: the plan says it in a line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _first_line(error: Exception) -> str:

@@ -210,6 +210,17 @@ def test_a_release_that_finds_more_sites_gates_those_of_the_file(
 
 
 @torch.no_grad()
+def test_a_branch_too_light_to_gate_stays_out_of_the_way(tmp_path: Path) -> None:
+    """A RepGhost module holds a light branch of the module's own name, which is gated whole."""
+    model = timm.create_model("repghostnet_050", features_only=True).eval()
+    gated = pag.retrofit(model, example_input=(1, 3, 96, 96))
+    pag.save_file(gated, tmp_path / "gated.safetensors")
+    loaded = pag.load_file(tmp_path / "gated.safetensors", model=model)
+    x = torch.rand(1, 3, 96, 96)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(x), gated.eval()(x), strict=True))
+
+
+@torch.no_grad()
 def test_the_dtype_survives(gated: nn.Module, tmp_path: Path) -> None:
     gated.to(torch.bfloat16)
     loaded = through_file(gated, tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image
 import pag_retrofit as pag
 from pag_retrofit.pictures import (
     DOTS_PER_INCH,
+    branch_panel,
     open_rates_chart,
     prediction_panel,
     relative_compute_map,
@@ -251,3 +252,33 @@ def test_no_global_state_of_matplotlib_is_touched():
         "import pag_retrofit.pictures; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_pixel_shows_its_branch():
+    image = torch.full((2, 3, 24, 32), 0.5)
+    left_right = torch.tensor([[1, 4]]).expand(2, 3, 2)
+    all_and_none = torch.tensor([[[-1], [0]], [[0], [-1]]])
+    figure = branch_panel(image, {"layer4.conv": left_right, "aspp": all_and_none})
+    axes = figure.axes
+    assert len(axes) == 2 * 3
+    assert np.abs(colour_at(figure, axes[0], 0.5, 0.5).astype(int) - 128).max() <= 1
+    near, far = (tuple(colour_at(figure, axes[1], x, 0.5)) for x in (0.2, 0.8))
+    assert near != far
+    top, bottom = (tuple(colour_at(figure, axes[2], 0.5, y)) for y in (0.8, 0.2))
+    second = axes[5]
+    assert (tuple(colour_at(figure, second, 0.5, 0.8)), top) == (bottom, top)
+    assert len({near, far, top, bottom}) == 4
+    legend = figure.legends[0]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["all branches", "no neighbours", "dilation 1", "dilation 4"]
+    shown = [tuple((255 * np.array(p.get_facecolor()[:3])).round()) for p in legend.get_patches()]
+    assert np.abs(np.array(shown) - np.array([top, bottom, near, far])).max() <= 1
+    assert {"layer4.conv", "aspp", "image"} <= set(texts(figure))
+
+
+def test_branch_maps_that_do_not_fit_are_refused():
+    image = torch.rand(2, 3, 24, 32)
+    with pytest.raises(pag.PagError, match="one to 4 sites"):
+        branch_panel(image, {})
+    with pytest.raises(pag.PagError, match="branch_maps of .'a'.: expected shapes .2, h, w."):
+        branch_panel(image, {"a": torch.zeros(1, 3, 3, dtype=torch.int64)})

@@ -13,9 +13,14 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from conftest import Pair
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from networks import ONE_EACH, CustomNet, Residual, SqueezeExcite, conv, needed_pixels, randomize
+from networks import (
+    ONE_EACH,
+    CustomNet,
+    Residual,
+    coarse_by_hand,
+    conv,
+    randomize,
+)
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +50,21 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 def modes(model: nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules()}
+
+
+@torch.no_grad()
+def dense_macs(model: nn.Module, x: Tensor) -> int:
+    """MACs of a plain network, from the outputs of its convolutions."""
+    counts: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda m, _, y: counts.append(y.numel() * m.weight[0].numel()))
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    model(x.clone())
+    for handle in handles:
+        handle.remove()
+    return sum(counts)
 
 
 # --- every family: outputs, keys, copies, training ------------------------------------------------
@@ -306,15 +326,6 @@ def test_a_closed_decoder_convolution_is_its_collapsed_kernel() -> None:
     )
 
 
-def coarse_by_hand(x: Tensor) -> Tensor:
-    """Every second pixel of every second row, and bilinear interpolation between them."""
-    grid = x[:, :, ::2, ::2]
-    size = [2 * n - 1 for n in grid.shape[2:]]
-    between = F.interpolate(grid, size, mode="bilinear", align_corners=True)
-    missing = (0, x.shape[3] - size[1], 0, x.shape[2] - size[0])
-    return F.pad(between, missing, mode="replicate")
-
-
 @torch.no_grad()
 def test_identity_bypass_passes_the_input_on() -> None:
     model = nn.Sequential(
@@ -361,184 +372,6 @@ def test_conv_scope_gates_only_larger_kernels() -> None:
     with pag.override_gates(gated, pattern="none"):
         assert torch.equal(gated.layer1[0](x), F.relu(reference))
     assert torch.equal(gated.layer1[0](x), bottleneck(x))
-
-
-# --- masks in random networks ---------------------------------------------------------------------
-
-
-class Grammar:
-    """Random little networks: residual blocks and plain convolutions."""
-
-    def __init__(self, draw: st.DrawFn):
-        self.draw = draw
-
-    def network(self) -> nn.Sequential:
-        blocks: list[nn.Module] = [conv(3, 8, 1)]
-        for _ in range(self.draw(st.integers(1, 3))):
-            kind = self.draw(st.sampled_from(["basic", "bottleneck", "depthwise", "plain"]))
-            blocks.append(getattr(self, kind)())
-        torch.manual_seed(self.draw(st.integers(0, 99)))
-        return randomize(nn.Sequential(*blocks)).eval()  # type: ignore[return-value]
-
-    def shape(self) -> tuple[int, int, int, int]:
-        side = st.integers(9, 20)
-        return 2, 3, self.draw(side), self.draw(side)
-
-    def spatial(self) -> dict[str, int]:
-        stride = self.draw(st.sampled_from([1, 1, 2]))
-        return {
-            "kernel": self.draw(st.sampled_from([3, 5])),
-            "stride": stride,
-            "dilation": self.draw(st.integers(1, 2)),
-        }
-
-    def residual(self, branch: list[nn.Module], stride: int) -> Residual:
-        shortcut = conv(8, 8, 1, stride) if stride > 1 else None
-        return Residual(nn.Sequential(*branch), shortcut)
-
-    def basic(self) -> nn.Module:
-        first, second = self.spatial(), self.spatial()
-        layers = [conv(8, 8, **first), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8, **second)]
-        return self.residual(layers, first["stride"] * second["stride"])
-
-    def bottleneck(self) -> nn.Module:
-        spatial, groups = self.spatial(), self.draw(st.sampled_from([1, 2]))
-        layers = [
-            conv(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
-            conv(4, 4, **spatial, groups=groups), nn.ReLU(inplace=True), conv(4, 8, 1),
-        ]  # fmt: skip
-        return self.residual(layers, spatial["stride"])
-
-    def depthwise(self) -> nn.Module:
-        spatial = self.spatial()
-        layers = [
-            conv(8, 16, 1), nn.Hardswish(), conv(16, 16, **spatial, groups=16), nn.SiLU(),
-            SqueezeExcite(16), conv(16, 8, 1), nn.BatchNorm2d(8),
-        ]  # fmt: skip
-        return self.residual(layers, spatial["stride"])
-
-    def plain(self) -> nn.Module:
-        groups = self.draw(st.sampled_from([1, 1, 4]))
-        layer = conv(8, 8, **self.spatial(), groups=groups)
-        return nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU())
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, int, int, int]]:
-    grammar = Grammar(draw)
-    return grammar.network(), grammar.shape()
-
-
-@torch.no_grad()
-def masked_branch(block: Residual, x: Tensor, mask: Tensor) -> Tensor:
-    """A branch whose global means look at open pixels only."""
-    y = x
-    for layer in block.branch:
-        if isinstance(layer, SqueezeExcite):
-            mean = (y * mask).sum((2, 3)) / mask.sum((2, 3)).clamp_min(1)
-            y = y * layer.weights(mean[:, :, None, None])
-        else:
-            y = layer.requires_grad_(False)(y.clone())
-    return y
-
-
-def spatial_layers(block: Residual) -> list[nn.Conv2d]:
-    return [layer for layer in block.branch if isinstance(layer, nn.Conv2d)]
-
-
-def macs_per_pixel(layer: nn.Conv2d) -> int:
-    return layer.weight.numel()
-
-
-@given(networks(), st.sampled_from(["random", "blobs", "rows", "none"]), st.floats(0, 1))
-@settings(max_examples=25)
-@torch.no_grad()
-def test_masks_mean_what_they_say(
-    case: tuple[nn.Sequential, tuple[int, int, int, int]], pattern: str, density: float
-) -> None:
-    """Each block's output against a reference by hand, each count against brute force."""
-    model, shape = case
-    gated = gate_all_or_none(model, shape)
-    if gated is None:
-        return
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    for name, module in gated.named_children():
-        module.register_forward_pre_hook(lambda _, a, n=name: inputs.update({n: a[0].clone()}))
-        module.register_forward_hook(lambda _, a, y, n=name: outputs.update({n: y.clone()}))
-    x = torch.randn(shape)
-    with pag.override_gates(gated, density, pattern=pattern, seed=3), pag.measure(gated) as m:
-        gated(x)
-    expected = 0
-    for name, block in model.named_children():
-        y = inputs[name]
-        if isinstance(block, Residual) and name in m.masks:
-            mask = m.masks[name].float()
-            shortcut = block.shortcut(y)
-            closed = block.post(shortcut)
-            opened = block.post(shortcut + masked_branch(block, y, mask))
-            reference = torch.where(mask.bool(), opened, closed)
-            torch.testing.assert_close(outputs[name], reference, atol=1e-5, rtol=1e-5)
-            where = mask.expand_as(closed) == 0
-            assert torch.equal(outputs[name][where], closed[where])
-            expected += branch_macs(block, y, mask)
-        elif f"{name}.0" in m.masks:
-            mask = m.masks[f"{name}.0"].float()
-            layer = block[0]
-            taps = layer.kernel_size[0] * layer.kernel_size[1]
-            if taps == 1:
-                bypass = coarse_by_hand(layer(y))
-                mask[:, :, ::2, ::2], closed_macs = 1, 0
-            else:
-                kernel = layer.weight.sum((2, 3), keepdim=True)
-                bypass = F.conv2d(y, kernel, layer.bias, layer.stride, groups=layer.groups)
-                closed_macs = macs_per_pixel(layer) // taps
-            reference = block[2](block[1](torch.where(mask.bool(), layer(y), bypass)))
-            torch.testing.assert_close(outputs[name], reference, atol=1e-5, rtol=1e-5)
-            open_pixels, closed_pixels = int(mask.sum()), int((1 - mask).sum())
-            expected += y.shape[1] * mask.numel() + open_pixels * macs_per_pixel(layer)
-            expected += closed_pixels * closed_macs
-        else:
-            assert torch.equal(outputs[name], block(y))
-            expected += dense_macs(block, y)
-    assert m.macs == expected
-    assert m.total_macs == dense_macs(model, x)
-
-
-def gate_all_or_none(model: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
-    try:
-        return gate_all(model, shape, exclude=("0", "*.branch*", "*.shortcut*"))
-    except pag.NoSitesError:
-        return None
-
-
-def branch_macs(block: Residual, x: Tensor, mask: Tensor) -> int:
-    """MACs of a gated residual block, from its masks and its layers."""
-    layers = spatial_layers(block)
-    total = x.shape[1] * mask.numel()
-    with torch.enable_grad():
-        needed = needed_pixels(layers, (x.shape[2], x.shape[3]), mask)
-    for layer, pixels in zip(layers, needed, strict=True):
-        total += int(pixels.sum()) * macs_per_pixel(layer)
-    for module in block.branch:
-        if isinstance(module, SqueezeExcite):  # once per image
-            total += x.shape[0] * (module.squeeze.weight.numel() + module.excite.weight.numel())
-    return total + dense_macs(block.shortcut, x)
-
-
-@torch.no_grad()
-def dense_macs(model: nn.Module, x: Tensor) -> int:
-    """MACs of a plain network, from the outputs of its convolutions."""
-    counts: list[int] = []
-    handles = [
-        module.register_forward_hook(lambda m, _, y: counts.append(y.numel() * m.weight[0].numel()))
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    model(x.clone())
-    for handle in handles:
-        handle.remove()
-    return sum(counts)
 
 
 # --- user code ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from pag_retrofit import from_pretrained
+from pag_retrofit import from_pretrained, measure
 from pag_retrofit.building import build_network, save_weights
 from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
 from pag_retrofit.evaluation import evaluate_file
@@ -148,6 +148,26 @@ def test_gated_stage_meets_its_budget_and_can_be_loaded(recipe):
     assert type(loaded).__name__ == "Unet"
     again = evaluate_file(tiny.output / "gated-0.80", tiny, budget=0.8).to_dict()
     assert without_times({**gated, "final": again})["final"] == without_times(gated)["final"]
+
+
+def test_average_and_multipool_are_stages_of_one_recipe(recipe):
+    pools = "{include: [], multipool: {dilations: [1, 2], sites: [encoder.layer4.1.*]}}"
+    tiny = recipe("stages=[dense, average, gated]", "dense.epochs=1", "gated.epochs=1",
+                  f"gated.retrofit={pools}", "gated.budgets=[1.0]")  # fmt: skip
+    results = finetune(tiny)
+    assert list(results) == ["dense", "average", "gated-1.00"]
+    assert results["average"]["final"]["fraction"] > 1.05
+    assert results["average"]["steps"] == results["gated-1.00"]["steps"]
+    assert results["gated-1.00"]["final"]["fraction"] < 1.05
+    loaded = from_pretrained(tiny.output / "gated-1.00")
+    with measure(loaded) as measured:
+        loaded(torch.rand(1, 3, 64, 64))
+    assert set(measured.branch_maps) == {"encoder.layer4.1.conv1", "encoder.layer4.1.conv2"}
+
+
+def test_the_average_needs_branches(recipe):
+    with pytest.raises(RecipeError, match="the stage average needs gated.retrofit.multipool"):
+        recipe("stages=[dense, average]")
 
 
 def test_reference_and_gated_start_from_the_dense_result(recipe):
