@@ -92,7 +92,7 @@ class PerforatedConvolution(nn.Module):
         self.activation, self.slope = activation, slope
         self.register_buffer("weights", pack_weight(weight, groups))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self._flat_window = [number for pair in window for number in pair]
+        self._flat_window = [number for pair in window[:4] for number in pair]
 
     def forward(
         self,
@@ -249,6 +249,6 @@ def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor
     Raises:
         PagError: The mask, window or size is not valid.
     """
-    flat = [number for pair in window for number in pair]
+    flat = [number for pair in window[:4] for number in pair]
     result: Tensor = _OPS.needed_inputs(mask, flat, list(size))
     return result

@@ -100,8 +100,10 @@ def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
 
 def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """Bool (B, 1, H, W): input pixels that a window reads for the open pixels of a mask."""
-    pairs = [(window[i], window[i + 1]) for i in (0, 2, 4, 6)]
-    return soft_needed_inputs((mask != 0).float(), Window(*pairs), size) > 0
+    kernel, stride, dilation, padding = ((window[i], window[i + 1]) for i in (0, 2, 4, 6))
+    return (
+        soft_needed_inputs((mask != 0).float(), Window(kernel, stride, dilation, padding), size) > 0
+    )
 
 
 def _listed(pixels: Tensor | None, length: Tensor | None, dense: int) -> Tensor:
