@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,6 +16,32 @@ from torch.nn import functional as F
 from pag_retrofit.errors import PagError
 
 PATTERNS = ("blobs", "random", "rows", "all", "none")
+
+
+_MARKING = contextvars.ContextVar("marking", default=False)
+
+
+@contextlib.contextmanager
+def marking() -> Iterator[None]:
+    """Call the operators of `markers` in place of the functions that use masks."""
+    token = _MARKING.set(True)
+    try:
+        yield
+    finally:
+        _MARKING.reset(token)
+
+
+def _marked(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a function one node of an exported graph, inside `marking`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Tensor) -> Tensor:
+        if _MARKING.get():
+            marked: Tensor = getattr(torch.ops.pag_marker, function.__name__)(*args)
+            return marked
+        return function(*args)
+
+    return wrapper
 
 
 def _traced_as_call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -163,12 +191,14 @@ def needed_inputs(
 
 
 @_traced_as_call
+@_marked
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     """Zero the closed pixels of `x`; its layout and the mask's agree, see `mask_as`."""
     return x * mask.to(x.dtype)
 
 
 @_traced_as_call
+@_marked
 def mix(active: Tensor, bypass: Tensor, mask: Tensor) -> Tensor:
     """Take `active` at open pixels and `bypass` at closed ones; the mask gets a gradient."""
     if not mask.requires_grad:
@@ -199,12 +229,14 @@ def computed_choice(choice: Tensor) -> Tensor:
 
 
 @_traced_as_call
+@_marked
 def mask_pool_input(x: Tensor, mask: Tensor) -> Tensor:
     """Prepare `x` for a reduction over computed pixels only; see `renormalize_pool`."""
     return apply_mask(x, mask.detach())
 
 
 @_traced_as_call
+@_marked
 def renormalize_pool(pooled: Tensor, mask: Tensor) -> Tensor:
     """Turn the mean over all pixels of a masked map into the mean over its open pixels.
 
@@ -240,6 +272,7 @@ def subsample(
     return x if size is None else x[:, :, : size[0], : size[1]]
 
 
+@_marked
 def coarse(x: Tensor) -> Tensor:
     """Replace all pixels but every second one of every second row by linear interpolation.
 

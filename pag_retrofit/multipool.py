@@ -234,7 +234,7 @@ class MultiPoolConv2d(BranchedConv2d):
             if choice.requires_grad:
                 result = result + chosen.to(output.dtype) * output
             else:
-                result = torch.where(chosen > 0, output, result)
+                result = mix(output, result, chosen)
         return result
 
 

@@ -248,7 +248,7 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
     observed = Observation(max(example.shape[0], 1))
     observed.run(model, example)
     copied = shadow(model)
-    with in_mode(copied), _quietly():
+    with in_mode(copied), quietly():
         try:
             exported = torch.export.export(copied, (example,), strict=False)
         except Exception as error:
@@ -260,7 +260,7 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence what torch says of a network that it cannot export: the plan says it in a line."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

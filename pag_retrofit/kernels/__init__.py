@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pag_retrofit.kernels.arguments import ACTIVATIONS
 from pag_retrofit.kernels.native import instruction_set, use_instruction_set
-from pag_retrofit.kernels.operators import backend
+from pag_retrofit.kernels.operators import backend, using
 from pag_retrofit.kernels.perforated import (
     Epilogue,
     PerforatedConvolution,
@@ -29,4 +29,5 @@ __all__ = [
     "masked_mean",
     "needed_inputs",
     "use_instruction_set",
+    "using",
 ]

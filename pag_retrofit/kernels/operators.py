@@ -6,9 +6,11 @@ change only what their schema says, so `torch.compile` and `torch.export` may ho
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -47,9 +49,37 @@ _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
 
 
-@functools.cache
+_CHOSEN: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="auto")
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Compute with a backend inside the block, in this thread.
+
+    Args:
+        name: `"cpu"` for the native kernels, `"reference"` for plain torch, `"auto"` for the
+            native ones where they are there.
+
+    Raises:
+        PagError: `"cpu"`, and there are no native kernels.
+    """
+    if name == "cpu":
+        native.library()
+    token = _CHOSEN.set(name)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
 def backend() -> ModuleType:
-    """The module that computes: `native`, or where that is not there `reference`, and a warning."""
+    """The module that computes."""
+    return reference if _CHOSEN.get() == "reference" else _best_backend()
+
+
+@functools.cache
+def _best_backend() -> ModuleType:
+    """`native`, or where that is not there `reference`, and a warning."""
     try:
         native.library()
     except PagError as error:

@@ -1,0 +1,178 @@
+"""Where a value of a deployed network is needed: sets of pixels, written down before any is known.
+
+A demand is an expression over masks. It is made once, when a network is lowered, and evaluated in
+each forward pass, when gates have decided; equal demands are evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pag_retrofit import kernels
+from pag_retrofit.functional import Window
+
+Size = tuple[int, int]
+
+
+class Demand:
+    """A set of pixels of a map."""
+
+
+@dataclass(frozen=True)
+class Everywhere(Demand):
+    """All pixels."""
+
+
+@dataclass(frozen=True)
+class Masked(Demand):
+    """Pixels where a mask is open, or where it is closed.
+
+    Args:
+        mask: Name of the value that holds it, (B, 1, h, w); zero is closed.
+        wanted: True for the open ones.
+    """
+
+    mask: str
+    wanted: bool = True
+
+
+@dataclass(frozen=True)
+class Grid(Demand):
+    """Every second pixel of every second row, or all others.
+
+    Args:
+        mask: Name of a mask of the map's size.
+        wanted: False for the others.
+    """
+
+    mask: str
+    wanted: bool = True
+
+
+@dataclass(frozen=True)
+class Both(Demand):
+    """Pixels in both of two sets."""
+
+    first: Demand
+    second: Demand
+
+
+@dataclass(frozen=True)
+class Either(Demand):
+    """Pixels in at least one of two sets."""
+
+    first: Demand
+    second: Demand
+
+
+@dataclass(frozen=True)
+class Read(Demand):
+    """Pixels that a convolution reads to compute those of a set.
+
+    Args:
+        by: The output pixels.
+        window: Of the convolution.
+        size: (H, W) of its input.
+    """
+
+    by: Demand
+    window: Window
+    size: Size
+
+
+EVERYWHERE = Everywhere()
+
+
+def both(first: Demand, second: Demand) -> Demand:
+    """The intersection, simplified."""
+    if first == EVERYWHERE or first == second:
+        return second
+    return first if second == EVERYWHERE else Both(first, second)
+
+
+def either(first: Demand, second: Demand) -> Demand:
+    """The union, simplified."""
+    if EVERYWHERE in (first, second):
+        return EVERYWHERE
+    if first == second or (isinstance(second, Both) and first in (second.first, second.second)):
+        return first
+    if isinstance(first, Both) and second in (first.first, first.second):
+        return second
+    return Either(first, second)
+
+
+def read(by: Demand, window: Window, size: Size) -> Demand:
+    """The pixels a convolution reads, simplified."""
+    if by == EVERYWHERE:
+        return EVERYWHERE  # a stride may skip pixels; to find out which costs more than it saves
+    pointwise = window.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
+    return by if pointwise else Read(by, window, size)
+
+
+class Demands:
+    """Evaluates demands in one forward pass.
+
+    Args:
+        values: Name -> tensor; masks are looked up here.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        """Nothing is evaluated yet."""
+        self.values = values
+        self._maps: dict[Demand, Tensor] = {}
+        self._lists: dict[Demand, kernels.PixelList] = {}
+
+    def listed(self, demand: Demand) -> kernels.PixelList | None:
+        """The pixels as a list; None for all."""
+        if demand == EVERYWHERE:
+            return None
+        found = self._lists.get(demand)
+        if found is None:
+            if isinstance(demand, Masked):
+                found = kernels.list_pixels(self.values[demand.mask], closed=not demand.wanted)
+            else:
+                found = kernels.list_pixels(self.map(demand))
+            self._lists[demand] = found
+        return found
+
+    def map(self, demand: Demand) -> Tensor:
+        """The pixels as a bool map (B, 1, h, w)."""
+        found = self._maps.get(demand)
+        if found is None:
+            found = self._maps[demand] = _EVALUATIONS[type(demand)](self, demand)
+        return found
+
+    def _masked(self, demand: Masked) -> Tensor:
+        mask: Tensor = self.values[demand.mask]
+        if mask.dtype is not torch.bool:
+            mask = mask != 0
+        return mask if demand.wanted else ~mask
+
+    def _grid(self, demand: Grid) -> Tensor:
+        mask: Tensor = self.values[demand.mask]
+        grid = mask.new_full(mask.shape, not demand.wanted, dtype=torch.bool)
+        grid[:, :, ::2, ::2] = demand.wanted
+        return grid
+
+    def _both(self, demand: Both) -> Tensor:
+        return self.map(demand.first) & self.map(demand.second)
+
+    def _either(self, demand: Either) -> Tensor:
+        return self.map(demand.first) | self.map(demand.second)
+
+    def _read(self, demand: Read) -> Tensor:
+        return kernels.needed_inputs(self.map(demand.by), demand.window, demand.size)
+
+
+_EVALUATIONS: dict[type[Demand], Callable[[Demands, Any], Tensor]] = {
+    Masked: Demands._masked,
+    Grid: Demands._grid,
+    Both: Demands._both,
+    Either: Demands._either,
+    Read: Demands._read,
+}

@@ -1,0 +1,142 @@
+"""Deployment: a gated network as an inference-only module whose time follows its compute."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.execution import Program
+from pag_retrofit.gates import RetrofitState, named_gates, state_of
+from pag_retrofit.kernels import using
+from pag_retrofit.lowering import lower
+from pag_retrofit.markers import export_marked
+
+BACKENDS = ("auto", "cpu", "reference")
+_MOST_PROGRAMS = 16
+
+
+class DeployedNetwork(nn.Module):
+    """What `deploy` returns; call it as the gated network was called.
+
+    For each shape of the input that it meets, it makes a program once (this takes as long as
+    `plan` does) and keeps the last few.
+    """
+
+    pag_state: RetrofitState
+
+    def __init__(self, gated: nn.Module, backend: str):
+        """Copy the gated network."""
+        super().__init__()
+        self.gated = copy.deepcopy(gated).float().eval().requires_grad_(False)
+        self.backend = backend
+        self.__dict__["pag_state"] = self.gated.pag_state
+        self._reset()
+
+    def _reset(self) -> None:
+        self.__dict__["_programs"] = OrderedDict()
+        self.__dict__["_lock"] = threading.Lock()
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; arguments and results are those of the gated network in evaluation mode.
+
+        Maps are computed in float32: floating-point inputs of other types are converted.
+
+        Raises:
+            PagError: An input is not on the CPU, or the network cannot be exported.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [_float32(leaf) for leaf in leaves]
+        key = (spec, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        program, out_spec = self._program(key, leaves, spec)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        with using(self.backend):
+            results = program.run(tensors)
+        return pytree.tree_unflatten(results, out_spec)
+
+    def _program(self, key: Any, leaves: list[Any], spec: Any) -> tuple[Program, Any]:
+        with self._lock:
+            found = self._programs.get(key)
+            if found is None:
+                args, kwargs = pytree.tree_unflatten(leaves, spec)
+                found = self._programs[key] = self._lower(args, kwargs)
+                while len(self._programs) > _MOST_PROGRAMS:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(key)
+        result: tuple[Program, Any] = found
+        return result
+
+    def _lower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Any]:
+        try:
+            exported = export_marked(self.gated, args, kwargs)
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0][:200]
+            raise PagError(
+                f"{type(self.gated).__name__} cannot be deployed: torch.export cannot follow it "
+                f"({type(error).__name__}: {line})"
+            ) from error
+        gates = dict(named_gates(self.gated))
+        return lower(exported, gates), exported.call_spec.out_spec
+
+    def train(self, mode: bool = True) -> DeployedNetwork:
+        """Refuse training.
+
+        Raises:
+            PagError: Always, unless `mode` is False.
+        """
+        if mode:
+            raise PagError("a deployed network cannot be trained: train the gated one")
+        super().train(False)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave programs out: they are made anew."""
+        left_out = ("_programs", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start without programs."""
+        self.__dict__.update(state)
+        self._reset()
+
+
+def deploy(gated: nn.Module, backend: str = "auto") -> DeployedNetwork:
+    """Turn a gated network into one that computes only what its gates leave open.
+
+    Batch norms are folded and weights packed; every gated site is computed at its open pixels
+    alone. The result is for inference on the CPU, in float32, and agrees with the gated network in
+    evaluation mode up to rounding (a gate whose logit is within rounding of zero may decide
+    otherwise). `override_gates` and `set_budget` work on it. It cannot be saved: save the gated
+    network, and deploy it after loading.
+
+    Args:
+        gated: A gated network; it is copied.
+        backend: `"cpu"` are the native kernels, `"reference"` plain torch, `"auto"` the native
+            ones where they were built.
+
+    Raises:
+        PagError: The network is not gated or is deployed already, the backend is unknown, or
+            there are no native kernels and `"cpu"` was asked for.
+    """
+    if isinstance(gated, DeployedNetwork):
+        raise PagError("the network is deployed already: deploy the gated one")
+    state_of(gated)
+    if backend not in BACKENDS:
+        raise PagError(f"backend={backend!r}: expected one of {BACKENDS}")
+    with using(backend):
+        return DeployedNetwork(gated, backend)
+
+
+def _float32(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.device.type != "cpu":
+        raise PagError(f"an input is on {leaf.device}: deployed networks run on the CPU")
+    return leaf.float() if leaf.is_floating_point() else leaf

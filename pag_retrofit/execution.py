@@ -1,0 +1,522 @@
+"""The steps a deployed network takes, and the order in which it takes them.
+
+Values are tensors by name, logical shapes as in the network: a map is (B, C, H, W) with its channels
+last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all of them as (B, H, W, C). A map
+whose demand is not everywhere is valid at the pixels of the demand only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pag_retrofit import kernels
+from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
+from pag_retrofit.functional import Window
+from pag_retrofit.gates import MaskOverride, PixelGate
+from pag_retrofit.multipool import BranchSelector
+
+Values = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """One of the maps whose channels a convolution reads.
+
+    Args:
+        value: Name.
+        layout: Axes of the value: `"BCHW"`, `"BHWC"` or `"BNC"`.
+        upsampling: Factor by which it is nearest-neighbour upsampled as it is read.
+        scale: Name of a value (B, C, ...) of factors per channel, or "".
+    """
+
+    value: str
+    layout: str
+    upsampling: int = 1
+    scale: str = ""
+
+
+def as_rows(x: Tensor, layout: str) -> Tensor:
+    """View a value as (B, H, W, C), one stride from pixel to pixel; copies what is laid out else."""
+    if layout == "BCHW":
+        x = x.permute(0, 2, 3, 1)
+    elif layout == "BNC":
+        x = x.unsqueeze(2)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def from_rows(rows: Tensor, layout: str) -> Tensor:
+    """Undo `as_rows`."""
+    if layout == "BCHW":
+        return rows.permute(0, 3, 1, 2)
+    return rows.squeeze(2) if layout == "BNC" else rows
+
+
+class Buffer(NamedTuple):
+    """A map that kernels write.
+
+    Args:
+        shape: (B, H, W, C).
+        layout: Of the value it becomes.
+    """
+
+    shape: tuple[int, int, int, int]
+    layout: str
+
+
+@dataclass(kw_only=True)
+class Step:
+    """What a forward pass does at one point.
+
+    Args:
+        writes: Name of the value that it makes or changes.
+    """
+
+    writes: str
+
+    def reads(self) -> Iterator[str]:
+        """Names of the values it reads."""
+        return iter(())
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Where it reads values, if what it writes is demanded somewhere."""
+        for name in self.reads():
+            yield name, EVERYWHERE
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Allocate(Step):
+    """Make a map: uninitialised, zero, or a copy of another value.
+
+    Args:
+        buffer: Its shape.
+        copied: Name of a value to start from, or "".
+        in_place: Take that value's memory: nothing reads it afterwards.
+        zero: Fill with zeros.
+    """
+
+    buffer: Buffer
+    copied: str = ""
+    copied_layout: str = "BCHW"
+    in_place: bool = False
+    zero: bool = False
+
+    def reads(self) -> Iterator[str]:
+        """The value copied."""
+        if self.copied:
+            yield self.copied
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Pixel by pixel."""
+        if self.copied:
+            yield self.copied, demanded
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Allocate."""
+        if not self.copied:
+            rows = (torch.zeros if self.zero else torch.empty)(self.buffer.shape)
+        else:
+            rows = as_rows(values[self.copied], self.copied_layout)
+            if not self.in_place:
+                rows = rows.clone()
+        values[self.writes] = from_rows(rows, self.buffer.layout)
+
+
+@dataclass(kw_only=True)
+class Convolve(Step):
+    """Convolve at listed pixels, into a map that is there.
+
+    Args:
+        layer: The packed convolution.
+        layout: Of the map written.
+        sources: What is read.
+        where: Which of the demanded pixels.
+        residual: Source of what is added, or None.
+        accumulate: Add what the map holds.
+        residual_after: Add after the activation.
+        size: (H, W) of the input.
+    """
+
+    layer: kernels.PerforatedConvolution
+    layout: str
+    sources: tuple[Source, ...]
+    size: tuple[int, int]
+    where: Demand = EVERYWHERE
+    residual: Source | None = None
+    accumulate: bool = False
+    residual_after: bool = False
+
+    def reads(self) -> Iterator[str]:
+        """Sources, their scales, and the residual."""
+        for source in self.sources:
+            yield source.value
+            if source.scale:
+                yield source.scale
+        if self.residual:
+            yield self.residual.value
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Sources in the windows of the pixels computed."""
+        computed = both(demanded, self.where)
+        for source in self.sources:
+            if source.scale:
+                yield source.scale, EVERYWHERE
+            whole = source.upsampling > 1
+            near = EVERYWHERE if whole else read(computed, self.layer.window, self.size)
+            yield source.value, near
+        if self.residual:
+            yield self.residual.value, computed
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Convolve."""
+        maps = [as_rows(values[source.value], source.layout) for source in self.sources]
+        scale = self.sources[0].scale
+        residual = self.residual
+        epilogue = kernels.Epilogue(
+            residual=as_rows(values[residual.value], residual.layout) if residual else None,
+            accumulate=self.accumulate,
+            residual_after=self.residual_after,
+            input_scale=values[scale].reshape(len(maps[0]), -1).contiguous() if scale else None,
+        )
+        self.layer(
+            as_rows(values[self.writes], self.layout),
+            maps,
+            demands.listed(both(demanded, self.where)),
+            upsampling=[source.upsampling for source in self.sources],
+            epilogue=epilogue,
+        )
+
+
+@dataclass(kw_only=True)
+class Interpolate(Step):
+    """Fill pixels of a map by those at every second row and column.
+
+    Args:
+        layout: Of the map.
+        where: Which of the demanded pixels.
+    """
+
+    layout: str
+    where: Demand
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Interpolate in place."""
+        rows = as_rows(values[self.writes], self.layout)
+        kernels.interpolate(rows, demands.listed(both(demanded, self.where)))
+
+
+@dataclass(kw_only=True)
+class Activate(Step):
+    """An elementwise function of a whole map, in place.
+
+    Args:
+        function: Called with the map.
+    """
+
+    function: Callable[[Tensor], Any]
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Apply it."""
+        self.function(values[self.writes])
+
+
+@dataclass(kw_only=True)
+class Normalize(Step):
+    """Layer norm over channels at the demanded pixels.
+
+    Args:
+        source: What is read.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        epsilon: Added to the variance.
+        layout: Of the map written.
+    """
+
+    source: Source
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+    layout: str
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source.value
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Pixel by pixel."""
+        yield self.source.value, demanded
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Normalise."""
+        kernels.layer_norm(
+            as_rows(values[self.writes], self.layout),
+            as_rows(values[self.source.value], self.source.layout),
+            demands.listed(demanded),
+            weight=self.weight,
+            bias=self.bias,
+            epsilon=self.epsilon,
+        )
+
+
+@dataclass(kw_only=True)
+class Average(Step):
+    """Mean of each channel over the open pixels of a mask.
+
+    Args:
+        source: What is read.
+        where: The pixels.
+        shape: Of the result.
+    """
+
+    source: Source
+    where: Demand
+    shape: tuple[int, ...]
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source.value
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """The open pixels."""
+        yield self.source.value, self.where
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Average."""
+        rows = as_rows(values[self.source.value], self.source.layout)
+        values[self.writes] = kernels.masked_mean(rows, demands.listed(self.where)).view(self.shape)
+
+
+@dataclass(kw_only=True)
+class Decide(Step):
+    """A gate's decision, or made-up masks in place of it.
+
+    Args:
+        gate: The gate.
+        sources: What it reads.
+        shape: (B, 1, h, w) of the mask.
+        offset: First pixel decided.
+    """
+
+    gate: PixelGate
+    sources: tuple[Source, ...]
+    shape: tuple[int, int, int, int]
+    offset: tuple[int, int]
+    _made_up: dict[MaskOverride, Tensor] = field(default_factory=dict, repr=False)
+
+    def reads(self) -> Iterator[str]:
+        """Its sources and their scales."""
+        for source in self.sources:
+            yield source.value
+            if source.scale:
+                yield source.scale
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Decide."""
+        override = self.gate.override
+        if override is None:
+            values[self.writes] = self._own(values)
+            return
+        made_up = self._made_up.get(override)
+        if made_up is None:
+            made_up = override.mask(torch.empty(self.shape)).bool()
+            self._made_up.clear()  # one at a time
+            self._made_up[override] = made_up
+        values[self.writes] = made_up
+
+    def _own(self, values: Values) -> Tensor:
+        gate, stride = self.gate, self.gate.cost.stride
+        weight = gate.weight.flatten() * gate.scale
+        bias = gate.bias + gate.offset
+        first = self.sources[0]
+        if len(self.sources) == 1 and first.upsampling == 1 and not first.scale:
+            rows = as_rows(values[first.value], first.layout)
+            size = (self.shape[2], self.shape[3])
+            return kernels.gate_mask(
+                rows, weight, bias, stride=stride, offset=self.offset, size=size
+            )
+        logits, begin = bias, 0
+        for source in self.sources:
+            rows = as_rows(values[source.value], source.layout)
+            own = weight[begin : begin + rows.shape[3]]
+            begin += rows.shape[3]
+            logits = logits + _logits(rows, own, source, values)
+        down, right = stride
+        kept = logits[:, self.offset[0] :: down, self.offset[1] :: right]
+        return (kept[:, : self.shape[2], : self.shape[3]] >= 0).unsqueeze(1)
+
+
+def _logits(rows: Tensor, weight: Tensor, source: Source, values: Values) -> Tensor:
+    """A source's share of the logits, (B, H, W) at full resolution."""
+    batch, height, width, channels = rows.shape
+    if source.scale:
+        scaled = values[source.scale].reshape(batch, channels, 1) * weight.view(1, -1, 1)
+        share = torch.bmm(rows.view(batch, -1, channels), scaled)
+    else:
+        share = rows.view(-1, channels) @ weight
+    share = share.view(batch, height, width)
+    factor = source.upsampling
+    if factor > 1:
+        share = share.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return share
+
+
+@dataclass(kw_only=True)
+class Choose(Step):
+    """What a branch selector chooses.
+
+    Args:
+        selector: The selector, run as it is.
+        source: What it reads.
+    """
+
+    selector: BranchSelector
+    source: Source
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source.value
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Choose."""
+        values[self.writes] = self.selector(values[self.source.value])
+
+
+@dataclass(kw_only=True)
+class Call(Step):
+    """An operator of torch, everywhere.
+
+    Args:
+        function: The operator.
+        arguments: Positional ones; `Value` for those that are values.
+        keywords: Keyword arguments.
+        pixelwise: Each pixel of the result depends on the same pixel of the maps it reads.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    pixelwise: tuple[str, ...] = ()
+
+    def reads(self) -> Iterator[str]:
+        """All values among its arguments."""
+        for leaf in pytree.tree_leaves((self.arguments, self.keywords), is_leaf=_is_value):
+            if isinstance(leaf, Value):
+                yield leaf.name
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Everywhere, or pixel by pixel."""
+        for name in self.reads():
+            yield name, demanded if name in self.pixelwise else EVERYWHERE
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Call it."""
+
+        def filled(x: Any) -> Any:
+            if isinstance(x, Value):
+                return values[x.name]
+            if isinstance(x, list | tuple):
+                return type(x)(map(filled, x))
+            return x
+
+        values[self.writes] = self.function(
+            *map(filled, self.arguments), **{k: filled(v) for k, v in self.keywords.items()}
+        )
+
+
+class Value(NamedTuple):
+    """A value's name among the arguments of a call."""
+
+    name: str
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+class Program:
+    """Steps in order, what of each value they need, and when memory can be let go.
+
+    Args:
+        steps: In order; maps that kernels write are allocated before.
+        inputs: Names of the values that a forward pass starts from.
+        outputs: Names of the values that it ends with, or constants.
+        constants: Values that are always there.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[str],
+        outputs: Sequence[Any],
+        constants: Values,
+    ):
+        """Work out demands, what may happen in place, and the last use of every value."""
+        self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
+        self.constants = constants
+        self.demanded = self._demands()
+        kept = {output.name for output in outputs if isinstance(output, Value)}
+        last: dict[str, int] = {}
+        for index, step in enumerate(self.steps):
+            for name in (*step.reads(), step.writes, *_masks(self.demanded[index], step)):
+                last[name] = index
+        self._mark_in_place(last, kept | set(inputs) | set(constants))
+        self.dead: list[list[str]] = [[] for _ in self.steps]
+        for name, index in last.items():
+            if name not in kept and name not in constants:
+                self.dead[index].append(name)
+
+    def run(self, arguments: Sequence[Any]) -> list[Any]:
+        """One forward pass."""
+        values: Values = {**self.constants, **dict(zip(self.inputs, arguments, strict=True))}
+        demands = Demands(values)
+        for step, demanded, dead in zip(self.steps, self.demanded, self.dead, strict=True):
+            step.run(values, demands, demanded)
+            for name in dead:
+                del values[name]
+        return [values[o.name] if isinstance(o, Value) else o for o in self.outputs]
+
+    def _demands(self) -> list[Demand]:
+        """Per step: where what it writes is needed."""
+        needed: dict[str, Demand] = {
+            output.name: EVERYWHERE for output in self.outputs if isinstance(output, Value)
+        }
+        demanded: list[Demand] = []
+        for step in reversed(self.steps):
+            # A value that nothing reads is a map all of whose pixels are written by others.
+            here = needed.get(step.writes, EVERYWHERE)
+            demanded.append(here)
+            for name, where in step.needs(here):
+                needed[name] = either(needed[name], where) if name in needed else where
+        return demanded[::-1]
+
+    def _mark_in_place(self, last: dict[str, int], kept: set[str]) -> None:
+        """Let copies take over the memory of values that nothing reads afterwards."""
+        owned: set[str] = set()  # memory of their own, which no other value looks into
+        viewed = {name for step in self.steps if isinstance(step, Call) for name in step.reads()}
+        for index, step in enumerate(self.steps):
+            if not isinstance(step, Allocate):
+                continue
+            owned.add(step.writes)
+            if step.copied in owned and step.copied not in kept and last[step.copied] == index:
+                step.in_place = step.copied not in viewed
+
+
+def _masks(demanded: Demand, step: Step) -> Iterator[str]:
+    """Masks that are looked at when a step runs."""
+    pending: list[Any] = [demanded, getattr(step, "where", EVERYWHERE)]
+    while pending:
+        demand = pending.pop()
+        for part in vars(demand).values():
+            if isinstance(part, Demand):
+                pending.append(part)
+        name = getattr(demand, "mask", "")
+        if name:
+            yield name

@@ -1,0 +1,859 @@
+"""From the exported graph of a gated network to the steps of its deployed form.
+
+Nodes are visited in order. A convolution is not emitted where it stands: what follows it (batch norm,
+scales, an activation, the mix with a bypass, a mask, an addition) is folded into it as long as nothing
+else looks at the result in between. Upsampled and concatenated maps are not made where convolutions
+and gates can read their parts.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pag_retrofit import kernels
+from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
+from pag_retrofit.execution import (
+    Activate,
+    Allocate,
+    Average,
+    Buffer,
+    Call,
+    Choose,
+    Convolve,
+    Decide,
+    Interpolate,
+    Normalize,
+    Program,
+    Source,
+    Step,
+    Value,
+)
+from pag_retrofit.functional import Window, subsample
+from pag_retrofit.gates import Gate, PixelGate
+from pag_retrofit.locality import ELEMENTWISE, conv_arguments, operator_name, pair
+from pag_retrofit.multipool import BranchSelector
+
+Node = fx.Node
+_TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
+_INNER = frozenset(
+    {"permute", "transpose", "flatten", "view", "reshape", "alias", "_to_copy", "to"}
+)
+_NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
+_KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
+                         "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
+_IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "relu": torch.relu_,
+    "relu6": lambda x: x.clamp_(0, 6),
+    "silu": lambda x: torch.nn.functional.silu(x, inplace=True),
+    "gelu": lambda x: x.copy_(torch.nn.functional.gelu(x)),
+    "gelu_tanh": lambda x: x.copy_(torch.nn.functional.gelu(x, approximate="tanh")),
+    "hardswish": lambda x: torch.nn.functional.hardswish(x, inplace=True),
+    "hardsigmoid": lambda x: torch.nn.functional.hardsigmoid(x, inplace=True),
+    "sigmoid": torch.sigmoid_,
+}
+_MOST_SOURCES = 4
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One convolution of a group that writes one map.
+
+    Args:
+        sources: What it reads.
+        weight: (C', C / groups, kh, kw), with all that was folded into it.
+        bias: (C',).
+        window: Of the convolution.
+        groups: Of the convolution.
+        size: (H, W) of its input.
+        where: At which pixels its result is the map's.
+    """
+
+    sources: tuple[Source, ...]
+    weight: Tensor
+    bias: Tensor
+    window: Window
+    groups: int
+    size: tuple[int, int]
+    where: Demand = EVERYWHERE
+
+    def scaled(self, scale: Tensor, shift: Tensor | None = None) -> _Part:
+        """Multiply (and shift) each output channel."""
+        bias = self.bias * scale
+        return replace(
+            self,
+            weight=self.weight * scale.view(-1, 1, 1, 1),
+            bias=bias if shift is None else bias + shift,
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Convolutions, not emitted yet, and what is folded into them.
+
+    Args:
+        parts: The convolutions.
+        rows: (B, H, W, C) of the map.
+        layout: Of the node it has come to.
+        coarse: Mask of a coarse bypass, or "".
+        activation: Of the kernels, or "none".
+        slope: Of a leaky ReLU.
+        mask: Mask outside of which the map is zero, or "".
+        residual: What is added: a node.
+        residual_after: It is added after the activation.
+    """
+
+    parts: tuple[_Part, ...]
+    rows: tuple[int, int, int, int]
+    layout: str
+    coarse: str = ""
+    activation: str = "none"
+    slope: float = 0.01
+    mask: str = ""
+    residual: Node | None = None
+    residual_after: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Nothing but convolutions yet."""
+        return self.activation == "none" and self.residual is None and not self.mask
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A map that is not made: a concatenation of maps, upsampled or scaled."""
+
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Every stride-th pixel of a map that is not made."""
+
+    source: Source
+    offset: tuple[int, int] = (0, 0)
+    stride: tuple[int, int] = (1, 1)
+
+
+@dataclass
+class _State:
+    steps: list[Step] = field(default_factory=list)
+    constants: dict[Node, Any] = field(default_factory=dict)
+    groups: dict[Node, _Group] = field(default_factory=dict)
+    virtual: dict[Node, _Parts | _Kept] = field(default_factory=dict)
+    made: set[Node] = field(default_factory=set)
+
+
+def lower(exported: torch.export.ExportedProgram, gates: Mapping[str, Gate]) -> Program:
+    """Turn a marked graph into a program.
+
+    Args:
+        exported: By `export_marked`.
+        gates: Site -> gate; the program asks them, so they can be overridden and recalibrated.
+    """
+    return _Lowering(exported, gates).run()
+
+
+class _Lowering:
+    def __init__(self, exported: torch.export.ExportedProgram, gates: Mapping[str, Gate]):
+        self.graph = exported.graph
+        self.gates = gates
+        self.state = _State()
+        self.inputs: list[str] = []
+        self.same: dict[Node, Node] = {}
+        self.not_negative: set[Node] = set()
+        self._read_inputs(exported)
+        self._find_aliases()
+        self.readers: dict[Node, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node not in self.same:
+                for parent in dict.fromkeys(map(self.real, node.all_input_nodes)):
+                    self.readers.setdefault(parent, []).append(node)
+
+    # --- the graph ------------------------------------------------------------------------
+
+    def _read_inputs(self, exported: torch.export.ExportedProgram) -> None:
+        signature = exported.graph_signature
+        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        lifted = signature.inputs_to_lifted_tensor_constants
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in stored:
+                name = stored[node.name]
+                value = exported.state_dict.get(name, exported.constants.get(name))
+                self.state.constants[node] = value.detach()
+            elif node.name in lifted:
+                self.state.constants[node] = exported.constants[lifted[node.name]]
+            else:
+                self.inputs.append(node.name)
+                self.state.made.add(node)
+
+    def _find_aliases(self) -> None:
+        for node in self.graph.nodes:
+            name = _name(node)
+            if name in _TRANSPARENT or name.startswith("dropout") or _is_whole_slice(node):
+                self.same[node] = node.args[0]
+            elif name in ("to", "_to_copy") and _same_type(node):
+                self.same[node] = node.args[0]
+
+    def real(self, node: Node) -> Node:
+        """The node whose value a node passes on."""
+        while node in self.same:
+            node = self.same[node]
+        return node
+
+    def constant(self, x: Any) -> Any:
+        """Value of a constant node or of a plain argument; None for anything else."""
+        if isinstance(x, fx.Node):
+            return self.state.constants.get(self.real(x))
+        return x
+
+    def only_reader(self, node: Node, reader: Node) -> bool:
+        """Whether one node alone looks at a value."""
+        return self.readers.get(node, []) == [reader]
+
+    # --- the walk -------------------------------------------------------------------------
+
+    def run(self) -> Program:
+        """Visit every node, then put the program together."""
+        outputs: list[Any] = []
+        for node in self.graph.nodes:
+            if node in self.same or node.op == "placeholder":
+                continue
+            if node.op == "output":
+                outputs = [self._output(x) for x in node.args[0]]
+            elif not self._fold_constant(node):
+                self._visit(node)
+        constants = {n.name: v for n, v in self.state.constants.items() if isinstance(v, Tensor)}
+        used = {name for step in self.state.steps for name in step.reads()}
+        used |= {output.name for output in outputs if isinstance(output, Value)}
+        return Program(
+            self.state.steps,
+            self.inputs,
+            outputs,
+            {name: value for name, value in constants.items() if name in used},
+        )
+
+    def _output(self, x: Any) -> Any:
+        if not isinstance(x, fx.Node):
+            return x
+        node = self.real(x)
+        if node not in self.state.constants:
+            self.make(node)
+        return Value(node.name)
+
+    def _fold_constant(self, node: Node) -> bool:
+        """Compute what depends on parameters alone, once."""
+        if node.op != "call_function" or _name(node) in ("decide",):
+            return False
+        parents = list(map(self.real, node.all_input_nodes))
+        if not parents or not all(parent in self.state.constants for parent in parents):
+            return False
+        lookup = lambda n: self.state.constants[self.real(n)]  # noqa: E731
+        arguments = fx.map_arg(node.args, lookup)
+        self.state.constants[node] = node.target(*arguments, **fx.map_arg(node.kwargs, lookup))
+        return True
+
+    def _visit(self, node: Node) -> None:
+        name = _name(node)
+        handler: Callable[[Node], bool] | None = getattr(self, f"_visit_{name}", None)
+        if name in kernels.ACTIVATIONS or name in ("hardtanh", "leaky_relu"):
+            handler = self._visit_activation
+        if handler is None or not handler(node):
+            self._call(node)
+
+    def group(self, x: Any, reader: Node) -> _Group | None:
+        """The group that a node ends, if only the reader looks at it."""
+        if not isinstance(x, fx.Node):
+            return None
+        node = self.real(x)
+        found = self.state.groups.get(node)
+        return found if found is not None and self.only_reader(node, reader) else None
+
+    def move(self, source: Any, node: Node, group: _Group) -> bool:
+        """Let a group end at the next node."""
+        self.state.groups.pop(self.real(source))
+        self.state.groups[node] = group
+        return True
+
+    # --- convolutions and what is folded into them ----------------------------------------
+
+    def _visit_conv2d(self, node: Node) -> bool:
+        values = conv_arguments(node)
+        weight = self.constant(node.args[1])
+        bias = self.constant(node.args[2]) if len(node.args) > 2 else None
+        shape = _shape(node)
+        if not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
+            return False
+        padding = values["padding"]
+        if isinstance(padding, str):
+            return False
+        groups = int(values["groups"])
+        strides, dilation = pair(values["stride"]), pair(values["dilation"])
+        kernel = (int(weight.shape[2]), int(weight.shape[3]))
+        sources, size, shift = self._sources(node.args[0], kernel, groups)
+        top, left = pair(padding)
+        if shift is not None:
+            if kernel != (1, 1) or strides != (1, 1) or (top, left) != (0, 0):
+                self.make(self.real(node.args[0]))
+                sources, size, shift = self._sources(node.args[0], kernel, groups, whole=True)
+            else:
+                (top, left), strides = (-shift.offset[0], -shift.offset[1]), shift.stride
+        window = Window(kernel, strides, dilation, (top, left))
+        zero = weight.new_zeros(weight.shape[0])
+        part = _Part(
+            sources, weight.detach(), zero if bias is None else bias.detach(), window, groups, size
+        )
+        rows = (shape[0], shape[2], shape[3], shape[1])
+        self.state.groups[node] = _Group((part,), rows, "BCHW")
+        return True
+
+    def _visit_linear(self, node: Node) -> bool:
+        weight = self.constant(node.args[1])
+        bias = self.constant(node.args[2]) if len(node.args) > 2 else None
+        shape = _shape(node)
+        layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
+        if layout is None or not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
+            return False
+        source = self.real(node.args[0])
+        self.make(source)
+        rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
+        zero = weight.new_zeros(weight.shape[0])
+        part = _Part(
+            (Source(source.name, layout),),
+            weight.detach()[:, :, None, None],
+            zero if bias is None else bias.detach(),
+            Window((1, 1), (1, 1), (1, 1), (0, 0)),
+            1,
+            (rows[1], rows[2]),
+        )
+        self.state.groups[node] = _Group((part,), rows, layout)
+        return True
+
+    def _sources(
+        self, x: Node, kernel: tuple[int, int], groups: int, whole: bool = False
+    ) -> tuple[tuple[Source, ...], tuple[int, int], _Kept | None]:
+        """What a convolution reads, the size of it, and which pixels of that if not all."""
+        node = self.real(x)
+        virtual = self.state.virtual.get(node)
+        height, width = _shape(node)[2:]
+        if isinstance(virtual, _Kept) and not whole:
+            origin = self._origin(virtual.source.value)
+            size = _shape(origin)[2:]
+            return (virtual.source,), (size[0], size[1]), virtual
+        if isinstance(virtual, _Parts) and groups == 1:
+            return virtual.sources, (height, width), None
+        self.make(node)
+        return (Source(node.name, "BCHW"),), (height, width), None
+
+    def _origin(self, name: str) -> Node:
+        return next(node for node in self.graph.nodes if node.name == name)
+
+    def _visit_batch_norm(self, node: Node) -> bool:
+        group = self.group(node.args[0], node)
+        if group is None or not group.is_linear or group.layout != "BCHW":
+            return False
+        weight, bias, mean, variance = (self.constant(x) for x in node.args[1:5])
+        if node.args[5] or mean is None:
+            return False
+        scale = (variance + node.args[7]).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale
+        shift = shift if bias is None else shift + bias
+        parts = tuple(part.scaled(scale, shift) for part in group.parts)
+        return self.move(node.args[0], node, replace(group, parts=parts))
+
+    def _visit_mul(self, node: Node) -> bool:
+        for x, y in (node.args[:2], node.args[1::-1]):
+            factor, group = self.constant(y), self.group(x, node)
+            if factor is None or group is None or group.activation != "none" or group.residual:
+                continue
+            scale = _per_channel(factor, group)
+            if scale is not None:
+                parts = tuple(part.scaled(scale) for part in group.parts)
+                return self.move(x, node, replace(group, parts=parts))
+        return self._scale_channels(node)
+
+    def _scale_channels(self, node: Node) -> bool:
+        """A map times factors per image and channel: read so by convolutions and gates."""
+        for x, y in (node.args[:2], node.args[1::-1]):
+            if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
+                continue
+            source, factor = self.real(x), self.real(y)
+            shape = _shape(source)
+            if len(shape) != 4 or _shape(factor) != (shape[0], shape[1], 1, 1):
+                continue
+            if factor in self.state.constants or not self._read_by_kernels(node, scaled=True):
+                continue
+            self.make(source)
+            self.make(factor)
+            scaled = Source(source.name, "BCHW", scale=factor.name)
+            self.state.virtual[node] = _Parts((scaled,))
+            return True
+        return False
+
+    def _read_by_kernels(self, node: Node, scaled: bool = False) -> bool:
+        """Whether all that reads a map can read it in parts."""
+        for reader in self.readers.get(node, []):
+            name = _name(reader)
+            if name == "decide" and not isinstance(self.gates[str(reader.args[1])], BranchSelector):
+                continue
+            if name == "cat" and not scaled and self._visit_cat(reader, dry=True):
+                continue
+            if name != "conv2d" or conv_arguments(reader)["groups"] != 1:
+                return False
+            if not isinstance(self.constant(reader.args[1]), Tensor):
+                return False
+            if isinstance(conv_arguments(reader)["padding"], str):
+                return False
+        return True
+
+    def _visit_add(self, node: Node) -> bool:
+        if node.kwargs.get("alpha", 1) != 1 or len(node.args) < 2:
+            return False
+        for x, y in (node.args[:2], node.args[1::-1]):
+            shift, group = self.constant(y), self.group(x, node)
+            if shift is not None and group is not None and group.is_linear:
+                vector = _per_channel(shift, group)
+                if vector is not None:
+                    one = torch.ones_like(vector)
+                    parts = tuple(part.scaled(one, vector) for part in group.parts)
+                    return self.move(x, node, replace(group, parts=parts))
+        return self._add_residual(node)
+
+    def _add_residual(self, node: Node) -> bool:
+        operands = [self.real(x) if isinstance(x, fx.Node) else None for x in node.args[:2]]
+        a, b = operands
+        if a is None or b is None or a is b or _shape(a) != _shape(b):
+            return False
+        candidates = [(n, g) for n in (a, b) if (g := self.group(n, node)) and _can_add(g)]
+        if not candidates:
+            return False
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        source, group = max(candidates, key=lambda c: (bool(c[1].mask), order[c[0]]))
+        other = b if source is a else a
+        if other in self.state.constants:
+            return False
+        self.make(other)
+        after = group.activation != "none"
+        return self.move(source, node, replace(group, residual=other, residual_after=after))
+
+    def _visit_activation(self, node: Node) -> bool:
+        kind = _activation(node)
+        group = self.group(node.args[0], node)
+        if kind is None or group is None or group.activation != "none":
+            return False
+        if group.mask and group.residual is None:
+            return False
+        activation, slope = kind
+        return self.move(node.args[0], node, replace(group, activation=activation, slope=slope))
+
+    def _visit_permute(self, node: Node) -> bool:
+        group = self.group(node.args[0], node)
+        order = [int(d) % 4 for d in node.args[1]]
+        moved = {("BCHW", (0, 2, 3, 1)): "BHWC", ("BHWC", (0, 3, 1, 2)): "BCHW"}
+        if group is None or group.residual is not None:
+            return False
+        layout = moved.get((group.layout, tuple(order)))
+        if layout is None:
+            return False
+        return self.move(node.args[0], node, replace(group, layout=layout))
+
+    # --- marks ----------------------------------------------------------------------------
+
+    def mask_value(self, x: Node) -> str:
+        """Name of the mask (B, 1, h, w) that a node is another view of."""
+        node = self.real(x)
+        while _name(node) in _INNER and _shape(node)[1:2] != (1,) or _name(node) == "permute":
+            node = self.real(node.args[0])
+        while _name(node) in _INNER and _name(self.real(node.args[0])) in ("decide", *_INNER):
+            node = self.real(node.args[0])
+        self.make(node)
+        return node.name
+
+    def _visit_apply_mask(self, node: Node) -> bool:
+        group = self.group(node.args[0], node)
+        if group is None or group.mask or group.residual is not None:
+            return False
+        return self.move(node.args[0], node, replace(group, mask=self.mask_value(node.args[1])))
+
+    def _visit_mix(self, node: Node) -> bool:
+        active, bypass = self.real(node.args[0]), self.real(node.args[1])
+        mask = self.mask_value(node.args[2])
+        if _name(bypass) == "coarse" and self.real(bypass.args[0]) is active:
+            group = self.state.groups.get(active)
+            readers = self.readers.get(active, [])
+            if group is None or not group.is_linear or set(readers) != {bypass, node}:
+                return False
+            if not self.only_reader(bypass, node) or group.coarse:
+                return False
+            self.state.virtual.pop(bypass, None)
+            return self.move(active, node, replace(group, coarse=mask))
+        first, second = self.group(active, node), self.group(bypass, node)
+        if first is None or second is None or not (first.is_linear and second.is_linear):
+            return False
+        if first.coarse or second.coarse or first.rows != second.rows:
+            return False
+        parts = [replace(p, where=both(p.where, Masked(mask))) for p in first.parts]
+        parts += [replace(p, where=both(p.where, Masked(mask, False))) for p in second.parts]
+        self.state.groups.pop(bypass)
+        return self.move(active, node, replace(first, parts=tuple(parts)))
+
+    def _visit_coarse(self, node: Node) -> bool:
+        """Nothing to do if the mix that follows takes it in; else `make` calls it."""
+        self.state.virtual[node] = _Parts(())
+        return True
+
+    def _visit_decide(self, node: Node) -> bool:
+        gate, shape = self.gates[str(node.args[1])], _shape(node)
+        source = self.real(node.args[0])
+        if isinstance(gate, BranchSelector):
+            self.make(source)
+            self.state.steps.append(
+                Choose(writes=node.name, selector=gate, source=Source(source.name, "BCHW"))
+            )
+            self.state.made.add(node)
+            return True
+        assert isinstance(gate, PixelGate)
+        virtual = self.state.virtual.get(source)
+        if isinstance(virtual, _Parts) and virtual.sources:
+            sources = virtual.sources
+        else:
+            self.make(source)
+            sources = (Source(source.name, gate.layout),)
+        height, width = _spatial(source, gate.layout)
+        grid = torch.empty(1, 1, height, width, device="meta")
+        size = (shape[2], shape[3])
+        ends = [
+            n - 1 - (count - 1) * s
+            for n, count, s in zip((height, width), size, gate.cost.stride, strict=True)
+        ]
+        offset = (min(gate.cost.offset[0], ends[0]), min(gate.cost.offset[1], ends[1]))
+        assert subsample(grid, gate.cost.stride, gate.cost.offset, size).shape[2:] == size
+        mask_shape = (shape[0], shape[1], shape[2], shape[3])
+        self.state.steps.append(
+            Decide(writes=node.name, gate=gate, sources=sources, shape=mask_shape, offset=offset)
+        )
+        self.state.made.add(node)
+        return True
+
+    def _visit_mask_pool_input(self, node: Node) -> bool:
+        """Left to the mean that follows, if it is one."""
+        readers = self.readers.get(node, [])
+        if len(readers) != 1 or not _is_global_mean(readers[0]):
+            return False
+        users = self.readers.get(readers[0], [])
+        if len(users) != 1 or _name(users[0]) != "renormalize_pool":
+            return False
+        source = self.real(node.args[0])
+        self.make(source)
+        layout = "BCHW" if _name(readers[0]) == "adaptive_avg_pool2d" else _mean_layout(readers[0])
+        mean = users[0]
+        self.state.steps.append(
+            Average(
+                writes=mean.name,
+                source=Source(source.name, layout),
+                where=Masked(self.mask_value(mean.args[1])),
+                shape=_shape(mean),
+            )
+        )
+        self.state.made |= {node, readers[0], mean}
+        return True
+
+    # --- maps that are not made -----------------------------------------------------------
+
+    def _visit_upsample_nearest2d(self, node: Node) -> bool:
+        source = self.real(node.args[0])
+        low, high = _shape(source)[2:], _shape(node)[2:]
+        factor = high[0] // max(low[0], 1)
+        doubled = factor > 1 and factor & (factor - 1) == 0
+        if not doubled or high != (low[0] * factor, low[1] * factor):
+            return False
+        if not self._read_by_kernels(node):
+            return False
+        self.make(source)
+        self.state.virtual[node] = _Parts((Source(source.name, "BCHW", factor),))
+        return True
+
+    def _visit_cat(self, node: Node, dry: bool = False) -> bool:
+        axis = node.args[1] if len(node.args) > 1 else 0
+        shapes = [_shape(x) for x in node.args[0]]
+        if len(shapes[0]) != 4 or axis not in (1, -3) or len(shapes) > _MOST_SOURCES:
+            return False
+        if not self._read_by_kernels(node):
+            return False
+        if dry:
+            return True
+        sources: list[Source] = []
+        for x in map(self.real, node.args[0]):
+            virtual = self.state.virtual.get(x)
+            if isinstance(virtual, _Parts) and virtual.sources:
+                sources += virtual.sources
+            else:
+                self.make(x)
+                sources.append(Source(x.name, "BCHW"))
+        if len(sources) > _MOST_SOURCES or any(s.scale for s in sources):
+            return False
+        self.state.virtual[node] = _Parts(tuple(sources))
+        return True
+
+    def _visit_slice(self, node: Node) -> bool:
+        """Every stride-th row or column, if a 1x1 convolution reads it."""
+        source = self.real(node.args[0])
+        axis, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        shape = _shape(source)
+        if len(shape) != 4 or axis not in (2, 3):
+            return False
+        if self.state.groups.get(source) is not None or _name(source) == "decide":
+            return False
+        kept = self.state.virtual.get(source)
+        if not isinstance(kept, _Kept):
+            if kept is not None:
+                self.make(source)
+            kept = _Kept(Source(source.name, "BCHW"))
+        offset, stride = list(kept.offset), list(kept.stride)
+        offset[axis - 2] += int(start or 0) * stride[axis - 2]
+        stride[axis - 2] *= int(step or 1)
+        self.state.virtual[node] = _Kept(
+            kept.source, (offset[0], offset[1]), (stride[0], stride[1])
+        )
+        return True
+
+    # --- everything else ------------------------------------------------------------------
+
+    def _visit_layer_norm(self, node: Node) -> bool:
+        source, shape = self.real(node.args[0]), _shape(node)
+        layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
+        if layout is None or len(node.args[1]) != 1:
+            return False
+        weight, bias = (self.constant(node.args[i]) if len(node.args) > i else None for i in (2, 3))
+        epsilon = float(node.args[4]) if len(node.args) > 4 else 1e-5
+        self.make(source)
+        rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
+        self.state.steps += [
+            Allocate(writes=node.name, buffer=Buffer(rows, layout)),
+            Normalize(
+                writes=node.name,
+                source=Source(source.name, layout),
+                weight=weight,
+                bias=bias,
+                epsilon=epsilon,
+                layout=layout,
+            ),
+        ]
+        self.state.made.add(node)
+        return True
+
+    def make(self, node: Node) -> None:
+        """See to it that a value is there once the steps so far have run."""
+        if node in self.state.made or node in self.state.constants:
+            return
+        if node in self.state.groups:
+            self._emit(node, self.state.groups.pop(node))
+        else:
+            self.state.virtual.pop(node, None)
+            self._call(node)
+
+    def _call(self, node: Node) -> None:
+        """Run a node as torch would, but not in place."""
+        if node in self.state.made:
+            return
+        parents = list(map(self.real, node.all_input_nodes))
+        for parent in parents:
+            self.make(parent)
+
+        def argument(n: Node) -> Any:
+            found = self.real(n)
+            known = found in self.state.constants
+            return self.state.constants[found] if known else Value(found.name)
+
+        arguments = fx.map_arg(node.args, argument)
+        keywords = fx.map_arg(node.kwargs, argument)
+        maps = tuple(
+            parent.name
+            for parent in parents
+            if _pixelwise(node) and _shape(parent)[-2:] == _shape(node)[-2:]
+        )
+        self.state.steps.append(
+            Call(
+                writes=node.name,
+                function=_out_of_place(node),
+                arguments=arguments,
+                keywords=dict(keywords),
+                pixelwise=maps,
+            )
+        )
+        self.state.made.add(node)
+        if _name(node) in _NOT_NEGATIVE or (
+            _name(node) in _KEEPS_SIGN and all(p in self.not_negative for p in parents)
+        ):
+            self.not_negative.add(node)
+
+    # --- emission -------------------------------------------------------------------------
+
+    def _emit(self, node: Node, group: _Group) -> None:
+        """Write a group as steps that make the value of a node."""
+        steps, buffer = self.state.steps, Buffer(group.rows, group.layout)
+        masked = Masked(group.mask) if group.mask else EVERYWHERE
+        last = ""  # an activation of the whole map, at the end
+        activation = group.activation
+        accumulate = False
+        residual: Source | None = None
+        if group.residual is not None and (group.mask or group.coarse):
+            accumulate = True
+            steps.append(
+                Allocate(
+                    writes=node.name,
+                    buffer=buffer,
+                    copied=group.residual.name,
+                    copied_layout=group.layout,
+                )
+            )
+            idempotent = activation == "relu" and group.residual in self.not_negative
+            if activation != "none" and not group.residual_after and not idempotent:
+                last, activation = activation, "none"
+        else:
+            zero = bool(group.mask)
+            steps.append(Allocate(writes=node.name, buffer=buffer, zero=zero))
+            if group.residual is not None:
+                residual = Source(group.residual.name, group.layout)
+        if group.coarse:
+            last, activation = activation if activation != "none" else last, "none"
+        for part in group.parts:
+            where = both(masked, part.where)
+            if group.coarse:
+                where = Either(Masked(group.coarse), Grid(group.coarse))
+            steps.append(
+                Convolve(
+                    writes=node.name,
+                    layer=kernels.PerforatedConvolution(
+                        part.weight,
+                        part.bias,
+                        window=part.window,
+                        groups=part.groups,
+                        activation=activation,
+                        slope=group.slope,
+                    ),
+                    layout=group.layout,
+                    sources=part.sources,
+                    size=part.size,
+                    where=where,
+                    residual=residual,
+                    accumulate=accumulate,
+                    residual_after=group.residual_after,
+                )
+            )
+        if group.coarse:
+            closed = both(Masked(group.coarse, False), Grid(group.coarse, False))
+            steps.append(Interpolate(writes=node.name, layout=group.layout, where=closed))
+        if last:
+            function = _IN_PLACE.get(last)
+            if function is None:
+                slope = group.slope
+                function = lambda x: torch.nn.functional.leaky_relu_(x, slope)  # noqa: E731
+            steps.append(Activate(writes=node.name, function=function))
+        if group.activation in _NOT_NEGATIVE and not group.residual_after:
+            self.not_negative.add(node)
+        self.state.made.add(node)
+
+
+def _can_add(group: _Group) -> bool:
+    """Whether a kernel can add a residual to what a group computes."""
+    if group.residual is not None or group.coarse:
+        return False
+    return group.activation == "none" or len(group.parts) > 0
+
+
+def _name(node: Node) -> str:
+    """Operator, in place or not."""
+    if node.target is operator.getitem:
+        return "getitem"
+    return operator_name(node).removesuffix("_")
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _spatial(node: Node, layout: str) -> tuple[int, int]:
+    shape = _shape(node)
+    if layout == "BNC":
+        return shape[1], 1
+    return (shape[2], shape[3]) if layout == "BCHW" else (shape[1], shape[2])
+
+
+def _is_whole_slice(node: Node) -> bool:
+    return _name(node) == "slice" and _shape(node) == _shape(node.args[0])
+
+
+def _same_type(node: Node) -> bool:
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return before.dtype == after.dtype and before.device == after.device
+
+
+def _per_channel(factor: Any, group: _Group) -> Tensor | None:
+    """A constant as one number per channel of a group, if it is constant over its pixels."""
+    channels = group.rows[3]
+    if isinstance(factor, int | float):
+        return torch.full((channels,), float(factor))
+    if not isinstance(factor, Tensor) or not factor.is_floating_point():
+        return None
+    axis = 1 if group.layout == "BCHW" else len(group.layout) - 1
+    rank = len(group.layout)
+    shape = (1,) * (rank - factor.dim()) + tuple(factor.shape)
+    if len(shape) != rank or any(n != 1 for d, n in enumerate(shape) if d != axis):
+        return None
+    if shape[axis] not in (1, channels):
+        return None
+    return factor.float().reshape(-1).expand(channels).contiguous()
+
+
+def _activation(node: Node) -> tuple[str, float] | None:
+    """Name of a kernel's activation, and its slope."""
+    name = _name(node)
+    if name == "hardtanh":
+        bounds = tuple(float(x) for x in node.args[1:3])
+        return ("relu6", 0.01) if bounds == (0.0, 6.0) else None
+    if name == "leaky_relu":
+        slope = float(node.args[1]) if len(node.args) > 1 else 0.01
+        return "leaky_relu", slope
+    if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
+        return "gelu_tanh", 0.01
+    return (name, 0.01) if name in kernels.ACTIVATIONS else None
+
+
+def _is_global_mean(node: Node) -> bool:
+    name = _name(node)
+    if name == "adaptive_avg_pool2d":
+        return pair(node.args[1]) == (1, 1)
+    return name == "mean" and len(node.args) > 1 and _mean_layout(node) != ""
+
+
+def _mean_layout(node: Node) -> str:
+    shape = _shape(node.args[0])
+    if not shape or not isinstance(node.args[1], list | tuple):
+        return ""
+    axes = tuple(sorted(int(d) % len(shape) for d in node.args[1]))
+    return {(4, (2, 3)): "BCHW", (4, (1, 2)): "BHWC", (3, (1,)): "BNC"}.get((len(shape), axes), "")
+
+
+def _pixelwise(node: Node) -> bool:
+    return _name(node) in {name.removesuffix("_") for name in ELEMENTWISE} | {"batch_norm"}
+
+
+def _out_of_place(node: Node) -> Callable[..., Any]:
+    """The operator itself, or the one that does the same but not in place."""
+    target = node.target
+    name = operator_name(node)
+    if not name.endswith("_") or name.startswith("_"):
+        return target  # type: ignore[return-value]
+    packet = getattr(torch.ops.aten, name.removesuffix("_"))
+    function: Callable[..., Any] = getattr(packet, target._overloadname)  # type: ignore
+    return function
