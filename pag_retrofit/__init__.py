@@ -4,6 +4,7 @@ from pag_retrofit.annealing import Annealer
 from pag_retrofit.calibration import calibrate, set_budget
 from pag_retrofit.config import GateConfig, MultiPoolConfig, RetrofitConfig
 from pag_retrofit.conversion import average_branches, convert_aspp
+from pag_retrofit.deployment import deploy
 from pag_retrofit.errors import (
     BudgetError,
     CheckpointError,
@@ -38,6 +39,7 @@ __all__ = [
     "average_branches",
     "calibrate",
     "convert_aspp",
+    "deploy",
     "expected_fraction",
     "from_pretrained",
     "gate_parameters",

@@ -30,6 +30,7 @@ class DeployedNetwork(nn.Module):
     """
 
     pag_state: RetrofitState
+    pag_deployed = True
 
     def __init__(self, gated: nn.Module, backend: str):
         """Copy the gated network."""

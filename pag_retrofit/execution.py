@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
-from pag_retrofit.functional import Window
 from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.multipool import BranchSelector
 
 Values = dict[str, Any]
+_MOST_MADE_UP = 16
 
 
 class Source(NamedTuple):
@@ -178,13 +178,15 @@ class Convolve(Step):
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Convolve."""
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
-        scale = self.sources[0].scale
-        residual = self.residual
+        name, residual = self.sources[0].scale, self.residual
+        scale = values[name].reshape(len(maps[0]), -1).contiguous() if name else None
+        grouped = self.layer.groups > 1  # one channel each: scaled before or after is the same
         epilogue = kernels.Epilogue(
             residual=as_rows(values[residual.value], residual.layout) if residual else None,
             accumulate=self.accumulate,
             residual_after=self.residual_after,
-            input_scale=values[scale].reshape(len(maps[0]), -1).contiguous() if scale else None,
+            scale=scale if grouped else None,
+            input_scale=None if grouped else scale,
         )
         self.layer(
             as_rows(values[self.writes], self.layout),
@@ -327,7 +329,8 @@ class Decide(Step):
         made_up = self._made_up.get(override)
         if made_up is None:
             made_up = override.mask(torch.empty(self.shape)).bool()
-            self._made_up.clear()  # one at a time
+            if len(self._made_up) >= _MOST_MADE_UP:
+                self._made_up.clear()
             self._made_up[override] = made_up
         values[self.writes] = made_up
 

@@ -182,7 +182,7 @@ def save_pretrained(gated: nn.Module, directory: str | os.PathLike[str]) -> None
     """Write `model.safetensors` and `config.json` into a directory, which is made if missing.
 
     Raises:
-        PagError: The network is not gated.
+        PagError: The network is not gated, or it is deployed.
     """
     description = _describe(gated)
     folder = Path(directory)
@@ -202,7 +202,7 @@ def save_file(gated: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write one safetensors file whose metadata holds everything that `load_file` needs.
 
     Raises:
-        PagError: The network is not gated.
+        PagError: The network is not gated, or it is deployed.
     """
     description = _describe(gated)
     tensors = _tensors(gated)
@@ -255,6 +255,11 @@ def load_file(path: str | os.PathLike[str], *, model: nn.Module | None = None) -
 
 
 def _describe(gated: nn.Module) -> dict[str, Any]:
+    if getattr(gated, "pag_deployed", False):
+        raise PagError(
+            "a deployed network cannot be saved: save the gated network that it was made from, and "
+            "deploy it after loading"
+        )
     state = state_of(gated)
     spec = spec_of(gated)
     return {

@@ -406,6 +406,8 @@ class _Lowering:
                 continue
             if name == "cat" and not scaled and self._visit_cat(reader, dry=True):
                 continue
+            if name == "apply_mask" and scaled:
+                continue
             if name != "conv2d" or conv_arguments(reader)["groups"] != 1:
                 return False
             if not isinstance(self.constant(reader.args[1]), Tensor):
@@ -478,10 +480,38 @@ class _Lowering:
         return node.name
 
     def _visit_apply_mask(self, node: Node) -> bool:
+        mask = self.mask_value(node.args[1])
         group = self.group(node.args[0], node)
-        if group is None or group.mask or group.residual is not None:
+        if group is not None and not group.mask and group.residual is None:
+            return self.move(node.args[0], node, replace(group, mask=mask))
+        passed_on = self._passed_on(self.real(node.args[0]))
+        if passed_on is None:
             return False
-        return self.move(node.args[0], node, replace(group, mask=self.mask_value(node.args[1])))
+        self.state.groups[node] = replace(passed_on, mask=mask)
+        return True
+
+    def _passed_on(self, node: Node) -> _Group | None:
+        """A map as it is, as a group: so that what follows is computed at listed pixels."""
+        shape = _shape(node)
+        virtual = self.state.virtual.get(node)
+        source = Source(node.name, {3: "BNC", 4: "BCHW"}.get(len(shape), ""))
+        if isinstance(virtual, _Parts) and len(virtual.sources) == 1 and virtual.sources[0].scale:
+            source = virtual.sources[0]
+        else:
+            self.make(node)
+        if len(shape) != 4:  # tokens, and maps whose channels are last, are left to torch
+            return None
+        rows = (shape[0], shape[2], shape[3], shape[1])
+        one = torch.ones(shape[1], 1, 1, 1)
+        part = _Part(
+            (source,),
+            one,
+            torch.zeros(shape[1]),
+            Window((1, 1), (1, 1), (1, 1), (0, 0)),
+            shape[1],
+            (shape[2], shape[3]),
+        )
+        return _Group((part,), rows, "BCHW")
 
     def _visit_mix(self, node: Node) -> bool:
         active, bypass = self.real(node.args[0]), self.real(node.args[1])
@@ -849,9 +879,11 @@ def _pixelwise(node: Node) -> bool:
 
 
 def _out_of_place(node: Node) -> Callable[..., Any]:
-    """The operator itself, or the one that does the same but not in place."""
+    """The operator itself, or the one that does the same but not in place, on any strides."""
     target = node.target
     name = operator_name(node)
+    if name in ("view", "_unsafe_view"):  # strides may differ from those at export
+        return torch.ops.aten.reshape.default
     if not name.endswith("_") or name.startswith("_"):
         return target  # type: ignore[return-value]
     packet = getattr(torch.ops.aten, name.removesuffix("_"))

@@ -39,7 +39,6 @@ _FUNCTIONS: dict[str, tuple[str, Callable[..., Tensor]]] = {
 
 def _define(name: str, schema: str, function: Callable[..., Tensor]) -> None:
     """Define an operator that gives a tensor of its own, as operators must."""
-
     plain = inspect.unwrap(function)
 
     def computed(*arguments: Tensor) -> Tensor:

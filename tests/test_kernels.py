@@ -424,6 +424,21 @@ class TestRows:
         mean = twin.masked_mean(x, None, None)
         torch.testing.assert_close(mean.double(), x.double().mean((1, 2)), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("channels", [1, 16, 37])
+    @pytest.mark.parametrize("size", [(7, 9), (6, 8), (1, 2), (2, 1), (1, 1), (5, 4)])
+    @pytest.mark.parametrize("mask", ["all", "none", "random", "single"])
+    def test_interpolate(
+        self, twin: ModuleType, channels: int, size: tuple[int, int], mask: str
+    ) -> None:
+        x = torch.randn(2, *size, channels + 2)[..., 1 : 1 + channels]
+        listed = mask_of(mask, (2, *size), 3)
+        coarse = pf.coarse(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        expected = torch.where(listed[:, 0, :, :, None], coarse, x)
+        twin.interpolate(x, *reference.list_pixels(listed, True))
+        assert torch.equal(x, expected)
+        twin.interpolate(x, None, None)
+        assert torch.equal(x, coarse)
+
     @pytest.mark.parametrize("channels", [1, 15, 16, 64, 200])
     @pytest.mark.parametrize(
         "stride, offset", [((1, 1), (0, 0)), ((2, 2), (0, 0)), ((2, 3), (1, 2))]
@@ -529,6 +544,7 @@ class TestLists:
                 lambda module=module: module.convolution(a),
                 lambda module=module: module.layer_norm(a.out, x, pixels, count, None, None, 1e-6),
                 lambda module=module: module.masked_mean(x, pixels, count),
+                lambda module=module: module.interpolate(a.out, pixels, count),
             ]
             for call in calls:
                 if fine:
@@ -737,10 +753,10 @@ class TestLibrary:
     @pytest.fixture(autouse=True)
     def _fresh(self) -> Iterator[None]:
         native.library.cache_clear()
-        operators.backend.cache_clear()
+        operators._best_backend.cache_clear()
         yield
         native.library.cache_clear()
-        operators.backend.cache_clear()
+        operators._best_backend.cache_clear()
 
     def test_without_a_library_plain_torch_runs_and_warns_once(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

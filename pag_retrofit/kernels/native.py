@@ -39,6 +39,7 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
+_CHANGED = Struct("4i" + _LIST + "Pq")
 _GATE = Struct("6i 4i Pq3P")
 _WINDOW = Struct("8i")
 
@@ -49,6 +50,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pag_convolve": (c_int, [c_char_p, c_int]),
     "pag_layer_norm": (c_int, [c_char_p, c_int]),
     "pag_mean": (c_int, [c_char_p, c_int]),
+    "pag_interpolate": (c_int, [c_char_p, c_int]),
     "pag_decide": (c_int, [c_char_p, c_int]),
     "pag_list_pixels": (c_int64, [c_void_p, c_int64, c_int, c_void_p]),
     "pag_needed_inputs": (
@@ -173,6 +175,15 @@ def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tens
     if status:
         raise _error(status, pixels, length, x.shape[:3].numel())
     return out
+
+
+def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
+    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, in place."""
+    dense = x.shape[:3].numel()
+    call = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x))
+    status = library().pag_interpolate(call, torch.get_num_threads())
+    if status:
+        raise _error(status, pixels, length, dense)
 
 
 def gate(

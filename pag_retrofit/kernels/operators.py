@@ -41,6 +41,7 @@ _LIBRARY.define(
     "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? length, Tensor? weight, "
     "Tensor? bias, float epsilon) -> ()"
 )
+_LIBRARY.define("interpolate(Tensor(a!) x, Tensor? pixels, Tensor? length) -> ()")
 _LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
 _LIBRARY.define(
     "gate(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size) -> Tensor"
@@ -127,6 +128,13 @@ def _layer_norm(
     backend().layer_norm(out, x, pixels, length, weight, bias, epsilon)
 
 
+@torch.library.impl(_LIBRARY, "interpolate", "CPU")
+def _interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
+    pixel_stride("x", x)
+    check_list(pixels, length)
+    backend().interpolate(x, pixels, length)
+
+
 @torch.library.impl(_LIBRARY, "masked_mean", "CPU")
 def _masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     pixel_stride("x", x)
@@ -196,6 +204,11 @@ def _(*arguments: Any) -> None:
 
 
 @torch.library.register_fake("pag_retrofit::layer_norm", lib=_LIBRARY)
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("pag_retrofit::interpolate", lib=_LIBRARY)
 def _(*arguments: Any) -> None:
     return None
 

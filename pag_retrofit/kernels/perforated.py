@@ -175,6 +175,27 @@ def layer_norm(
     return out
 
 
+def interpolate(x: Tensor, listed: PixelList | None = None) -> Tensor:
+    """Interpolate the listed pixels of `x` linearly between those at even rows and columns.
+
+    In place, as `pag_retrofit.functional.coarse` does; listed pixels at even rows and columns stay
+    as they are.
+
+    Args:
+        x: (B, H, W, C).
+        listed: Default all pixels.
+
+    Returns:
+        `x`.
+
+    Raises:
+        PagError: A shape, type, stride or index does not fit.
+    """
+    pixels, length = (None, None) if listed is None else listed
+    _OPS.interpolate(x, pixels, length)
+    return x
+
+
 def masked_mean(x: Tensor, listed: PixelList | None = None) -> Tensor:
     """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none.
 

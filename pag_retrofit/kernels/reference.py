@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pag_retrofit.functional import Window
+from pag_retrofit.functional import Window, coarse
 from pag_retrofit.functional import needed_inputs as soft_needed_inputs
 from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_list
 from pag_retrofit.kernels.packing import is_depthwise, unpack_weight
@@ -66,6 +66,16 @@ def layer_norm(
     batch, height, width, channels = x.shape
     where = _coordinates(_listed(pixels, length, batch * height * width), height, width)
     out[where] = F.layer_norm(x[where], (channels,), weight, bias, epsilon)
+
+
+def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
+    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, in place."""
+    batch, height, width, _ = x.shape
+    listed = _listed(pixels, length, batch * height * width)
+    image, row, column = _coordinates(listed, height, width)
+    between = (row % 2 + column % 2) > 0
+    where = image[between], row[between], column[between]
+    x[where] = coarse(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[where]
 
 
 def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:

@@ -260,6 +260,18 @@ int pag_layer_norm(const pag_rows* call, int threads) {
   return PAG_OK;
 }
 
+int pag_interpolate(const pag_map* call, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t pixels = (int64_t)call->batch * call->height * call->width;
+  const int64_t count = check_list(call->list, pixels);
+  if (count < 0) return (int)-count;
+  const int64_t chunks = worthwhile(threads, count * call->channels);
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.interpolate(call, count * i / chunks, count * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
 int pag_mean(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);

@@ -75,6 +75,14 @@ struct pag_gate {
   uint8_t* mask;        // (batch, out_height, out_width)
 };
 
+// A dense-addressed map, of which listed pixels are changed.
+struct pag_map {
+  int32_t batch, height, width, channels;
+  pag_list list;
+  float* x;
+  int64_t stride;
+};
+
 struct pag_window {
   int32_t kernel[2], stride[2], dilation[2], padding[2];
 };
@@ -89,6 +97,8 @@ PAG_EXPORT void pag_use_openmp(void* gomp_parallel);
 PAG_EXPORT int pag_convolve(const pag_convolution* call, int threads);
 PAG_EXPORT int pag_layer_norm(const pag_rows* call, int threads);
 PAG_EXPORT int pag_mean(const pag_rows* call, int threads);
+// Listed pixels but those at even rows and columns: means of the two or four next to them that are.
+PAG_EXPORT int pag_interpolate(const pag_map* call, int threads);
 PAG_EXPORT int pag_decide(const pag_gate* call, int threads);
 // Indices where (mask != 0) == wanted, ascending, then zeros; returns how many were found.
 PAG_EXPORT int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list);

@@ -44,5 +44,6 @@ struct pag_kernels {
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
   void (*mean)(const pag_rows*, int64_t count, const int64_t* counts, int32_t channel_begin,
                int32_t channel_end);
+  void (*interpolate)(const pag_map*, int64_t begin, int64_t end);
   void (*decide)(const pag_gate*, int64_t begin, int64_t end);
 };

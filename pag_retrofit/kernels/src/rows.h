@@ -99,6 +99,33 @@ void mean(const pag_rows* call, int64_t count, const int64_t* counts, int32_t ch
       call->out[(int64_t)image * channels + c] /= counts[image];
 }
 
+// Positions [begin, end) of the list. Pixels at even rows and columns are read and never written.
+void interpolate(const pag_map* call, int64_t begin, int64_t end) {
+  for (int64_t position = begin; position < end; position++) {
+    const int64_t index = index_at(call->list, position);
+    const int64_t line = index / call->width, x = index - line * call->width;
+    const int64_t y = line % call->height, image = line - y;
+    if (!(y & 1) && !(x & 1)) continue;
+    // Past the last even row (column) the last one counts twice.
+    const int64_t below = y & 1 ? (y + 1 < call->height ? y + 1 : y - 1) : y;
+    const int64_t right = x & 1 ? (x + 1 < call->width ? x + 1 : x - 1) : x;
+    const float* corners[4];
+    const int64_t rows[2] = {y & ~1ll, below}, columns[2] = {x & ~1ll, right};
+    for (int i = 0; i < 4; i++)
+      corners[i] =
+          call->x + ((image + rows[i & 1]) * call->width + columns[i >> 1]) * call->stride;
+    float* out = call->x + index * call->stride;
+    for (int i = 0; i < call->channels; i += LANES) {
+      const int left = call->channels - i;
+      const Vector first =
+          (load_up_to(corners[0] + i, left) + load_up_to(corners[1] + i, left)) * 0.5f;
+      const Vector second =
+          (load_up_to(corners[2] + i, left) + load_up_to(corners[3] + i, left)) * 0.5f;
+      store_up_to(out + i, (first + second) * 0.5f, left);
+    }
+  }
+}
+
 // Output pixels [begin, end), all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
   for (int64_t pixel = begin; pixel < end; pixel++) {

@@ -1,0 +1,314 @@
+"""Deployed networks compute what gated ones compute, at the pixels that are asked for."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from conftest import Pair
+from grammar import Case, cases
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from networks import ONE_EACH, CustomNet, conv, randomize
+from torch import Tensor, nn
+from user_models import MODELS
+
+import pag_retrofit as pag
+from pag_retrofit.deployment import DeployedNetwork
+from pag_retrofit.execution import Allocate, Call, Convolve
+from pag_retrofit.gates import named_gates
+
+SHAPE = (2, 3, 64, 64)
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-4) -> None:
+    """Compare relative to the largest value, as rounding of long sums is."""
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        scale = max(float(y.abs().max()), 1e-3)
+        torch.testing.assert_close(x / scale, y / scale, rtol=0, atol=tolerance)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def gate_all(model: nn.Module, shape: tuple[int, ...] = SHAPE, **config: Any) -> nn.Module:
+    configured = pag.RetrofitConfig(**{"min_share": 0.0, **config})
+    return pag.retrofit(model, 1.0, example_input=shape, config=configured).eval()
+
+
+@torch.no_grad()
+def agree(
+    gated: nn.Module, deployed: nn.Module, x: Tensor, density: float, pattern: str = "blobs"
+) -> None:
+    with pag.override_gates(gated, density, pattern=pattern):
+        expected = gated(x.clone())
+    with pag.override_gates(deployed, density, pattern=pattern):
+        close(deployed(x.clone()), expected)
+
+
+# --- the same outputs -----------------------------------------------------------------------------
+
+
+def test_every_family(pair: Pair) -> None:
+    deployed = pag.deploy(pair.gated)
+    for density in (1.0, 0.6, 0.1, 0.0):
+        agree(pair.gated, deployed, pair.x, density)
+    agree(pair.gated, deployed, pair.other(), 0.5, "random")
+
+
+@given(cases(), st.sampled_from(["random", "blobs", "rows", "none"]), st.floats(0, 1))
+@settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+def test_random_networks(case: Case, pattern: str, density: float) -> None:
+    try:
+        gated = pag.retrofit(case.model, 1.0, example_input=case.shape, config=case.config)
+    except pag.NoSitesError:
+        event("no site")
+        return
+    x = torch.randn(case.shape)
+    for backend in ("auto", "reference"):
+        agree(gated.eval(), pag.deploy(gated, backend), x, density, pattern)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "values" not in name])
+def test_networks_of_users(name: str) -> None:
+    model = randomize(MODELS[name].build()).eval()
+    shape = (2, 3, 32, 32)
+    gated = gate_all(model, shape)
+    deployed = pag.deploy(gated)
+    for density in (1.0, 0.5, 0.0):
+        agree(gated, deployed, torch.randn(shape), density, "random")
+
+
+@torch.no_grad()
+def test_gates_that_were_trained_decide_as_they_do_in_the_gated_network() -> None:
+    gated = gate_all(randomize(CustomNet()))
+    for parameter in pag.gate_parameters(gated):
+        parameter.normal_()
+    deployed = pag.deploy(gated)
+    x = torch.randn(SHAPE)
+    with pag.measure(gated) as measured:
+        expected = gated(x)
+    assert 0.05 < measured.fraction < 0.95
+    different = (deployed(x) - expected).abs() > 1e-4  # logits within rounding of zero
+    assert different.float().mean() < 0.01
+
+
+def multipool(identity: bool, shared: bool) -> nn.Module:
+    model = randomize(timm.create_model("resnet18", layers=ONE_EACH)).eval()
+    config = pag.RetrofitConfig(
+        multipool=pag.MultiPoolConfig(dilations=(1, 2, 4), identity=identity, shared=shared)
+    )
+    return pag.retrofit(model, 1.0, example_input=SHAPE, config=config).eval()
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@torch.no_grad()
+def test_multipool(identity: bool) -> None:
+    gated = multipool(identity, shared=False)
+    deployed = pag.deploy(gated)
+    x = torch.randn(SHAPE)
+    for density in (1.0, 0.5):
+        with pag.override_branches(gated, seed=2), pag.override_gates(gated, density):
+            expected = gated(x)
+        with pag.override_branches(deployed, seed=2), pag.override_gates(deployed, density):
+            close(deployed(x), expected)
+
+
+@torch.no_grad()
+def test_aspp() -> None:
+    model = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_channels=16, classes=3)
+    gated = pag.convert_aspp(randomize(model).eval(), example_input=SHAPE).eval()
+    deployed = pag.deploy(gated)
+    x = torch.randn(SHAPE)
+    with pag.override_branches(gated, seed=2):
+        expected = gated(x)
+    with pag.override_branches(deployed, seed=2):
+        close(deployed(x), expected)
+
+
+# --- what it is given -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    model = smp.Unet(
+        "resnet18", encoder_weights=None, classes=3, decoder_channels=(32, 24, 16, 16, 8)
+    )
+    return pag.retrofit(randomize(model).eval(), 1.0, example_input=SHAPE).eval()
+
+
+@pytest.fixture(scope="module")
+def deployed(unet: nn.Module) -> DeployedNetwork:
+    return pag.deploy(unet)
+
+
+@torch.no_grad()
+def test_any_size_and_batch(unet: nn.Module, deployed: nn.Module) -> None:
+    for shape in ((1, 3, 32, 96), (3, 3, 64, 32)):
+        agree(unet, deployed, torch.randn(shape), 0.4, "random")
+
+
+@torch.no_grad()
+def test_any_memory_format(unet: nn.Module, deployed: nn.Module) -> None:
+    wide = torch.randn(2, 6, 64, 128)
+    for x in (
+        wide[:, ::2, :, ::2],
+        torch.randn(SHAPE).contiguous(memory_format=torch.channels_last),
+        torch.randn(64, 64, 3, 2).permute(3, 2, 0, 1),
+    ):
+        agree(unet, deployed, x, 0.4)
+
+
+@torch.no_grad()
+def test_other_types_are_computed_in_float32(unet: nn.Module, deployed: nn.Module) -> None:
+    x = torch.randn(SHAPE).to(torch.bfloat16)
+    result = deployed(x)
+    assert result.dtype is torch.float32
+    close(result, unet(x.float()))
+    half = pag.deploy(copy.deepcopy(unet).to(torch.bfloat16))
+    assert half(x).dtype is torch.float32
+
+
+@torch.no_grad()
+def test_inputs_and_weights_are_left_alone(unet: nn.Module) -> None:
+    before = copy.deepcopy(unet.state_dict())
+    own = pag.deploy(unet)
+    x = torch.randn(SHAPE)
+    kept = x.clone()
+    first = own(x)
+    result = first.clone()
+    own(torch.randn(SHAPE))
+    assert torch.equal(x, kept)
+    assert torch.equal(first, result)  # no later pass writes into what an earlier one returned
+    assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_several_threads_at_once(unet: nn.Module, deployed: nn.Module) -> None:
+    inputs = [torch.randn(1, 3, 64, 32 * (1 + i % 2)) for i in range(6)]
+    expected = [unet(x) for x in inputs]
+    results: list[Tensor | None] = [None] * len(inputs)
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                results[index] = deployed(inputs[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    close(results, expected)
+
+
+@torch.no_grad()
+def test_copies_work(deployed: nn.Module) -> None:
+    x = torch.randn(SHAPE)
+    assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
+
+
+@torch.no_grad()
+def test_budgets_can_be_set_on_it() -> None:
+    gated = gate_all(randomize(CustomNet()))
+    for parameter in pag.gate_parameters(gated):
+        parameter.normal_()
+    images = [torch.randn(SHAPE) for _ in range(2)]
+    pag.calibrate(gated, images, (0.9, 0.5))
+    deployed = pag.deploy(gated)
+    outputs = []
+    for budget in (0.9, 0.5):
+        pag.set_budget(gated, budget)
+        pag.set_budget(deployed, budget)
+        outputs.append(deployed(images[0]))
+        different = (outputs[-1] - gated(images[0])).abs() > 1e-4
+        assert different.float().mean() < 0.01
+    assert not torch.equal(*outputs)
+
+
+# --- what makes it fast ---------------------------------------------------------------------------
+
+
+def steps_of(deployed: DeployedNetwork) -> list[Any]:
+    program, _ = next(iter(deployed._programs.values()))
+    return program.steps
+
+
+@torch.no_grad()
+def test_a_residual_network_is_convolutions_and_little_else() -> None:
+    gated = gate_all(randomize(timm.create_model("resnet18", layers=(2, 1, 1, 1))))
+    deployed = pag.deploy(gated)
+    deployed(torch.randn(SHAPE))
+    calls = [step.function for step in steps_of(deployed) if isinstance(step, Call)]
+    names = [str(function).split(".")[1] for function in calls]
+    assert names == ["max_pool2d", "adaptive_avg_pool2d", "flatten", "linear"]
+    # A block whose input nothing else reads is updated in place.
+    copied = [step for step in steps_of(deployed) if isinstance(step, Allocate) and step.copied]
+    assert [step.in_place for step in copied].count(True) >= 4
+
+
+@torch.no_grad()
+def test_a_decoder_reads_its_parts_where_they_are(deployed: DeployedNetwork) -> None:
+    deployed(torch.randn(SHAPE))
+    program, _ = deployed._programs[next(reversed(deployed._programs))]
+    calls = [str(step.function) for step in program.steps if isinstance(step, Call)]
+    assert calls == ["aten.max_pool2d.default"]
+    read = [step.sources for step in program.steps if isinstance(step, Convolve)]
+    assert any([s.upsampling for s in sources] == [2, 1] for sources in read)
+
+
+@torch.no_grad()
+def test_nothing_is_computed_where_nothing_is_open() -> None:
+    """The convolutions of a closed branch run on empty lists: values there are never written."""
+    gated = gate_all(nn.Sequential(nn.Conv2d(3, 8, 1), CustomNet().block), include=("1",))
+    deployed = pag.deploy(gated)
+    x = torch.randn(SHAPE)
+    with pag.override_gates(deployed, 0.0):
+        deployed(x)
+        program, _ = next(iter(deployed._programs.values()))
+        inside = [
+            step
+            for step, demanded in zip(program.steps, program.demanded, strict=True)
+            if isinstance(step, Convolve) and step.layer.window.kernel == (3, 3)
+        ]
+    assert len(inside) == 2
+    assert all(gate.override is None for _, gate in named_gates(deployed))
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_saving_a_deployed_network_is_refused(deployed: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(pag.PagError, match="save the gated"):
+        pag.save_file(deployed, tmp_path / "x.safetensors")
+    with pytest.raises(pag.PagError, match="save the gated"):
+        pag.save_pretrained(deployed, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_deployed_is_refused(deployed: nn.Module) -> None:
+    with pytest.raises(pag.PagError, match="not a gated network"):
+        pag.deploy(conv(3, 3, 3))
+    with pytest.raises(pag.PagError, match="deployed already"):
+        pag.deploy(deployed)
+    with pytest.raises(pag.PagError, match="backend='gpu'"):
+        pag.deploy(gate_all(CustomNet()), backend="gpu")
+    with pytest.raises(pag.PagError, match="cannot be trained"):
+        deployed.train()
+    model = MODELS["control flow by values"].build().eval()
+    gated = gate_all(model, (2, 3, 32, 32))
+    with pytest.raises(pag.PagError, match="cannot be deployed"):
+        pag.deploy(gated)(torch.randn(2, 3, 32, 32))
