@@ -31,6 +31,8 @@ class DeployedNetwork(nn.Module):
 
     pag_state: RetrofitState
     pag_deployed = True
+    _programs: OrderedDict[Any, tuple[Program, Any]]
+    _lock: threading.Lock
 
     def __init__(self, gated: nn.Module, backend: str):
         """Copy the gated network."""
@@ -71,8 +73,7 @@ class DeployedNetwork(nn.Module):
                 while len(self._programs) > _MOST_PROGRAMS:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)
-        result: tuple[Program, Any] = found
-        return result
+        return found
 
     def _lower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Any]:
         try:

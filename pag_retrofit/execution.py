@@ -1,8 +1,8 @@
 """The steps a deployed network takes, and the order in which it takes them.
 
-Values are tensors by name, logical shapes as in the network: a map is (B, C, H, W) with its channels
-last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all of them as (B, H, W, C). A map
-whose demand is not everywhere is valid at the pixels of the demand only.
+Values are tensors by name, with the shapes they have in the network: a map is (B, C, H, W) with its
+channels last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all of them as
+(B, H, W, C). A map whose demand is not everywhere is valid at the pixels of the demand only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
 from pag_retrofit.gates import MaskOverride, PixelGate
+from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
 
 Values = dict[str, Any]
@@ -41,7 +42,7 @@ class Source(NamedTuple):
 
 
 def as_rows(x: Tensor, layout: str) -> Tensor:
-    """View a value as (B, H, W, C), one stride from pixel to pixel; copies what is laid out else."""
+    """View a value as contiguous (B, H, W, C); copies what is laid out otherwise."""
     if layout == "BCHW":
         x = x.permute(0, 2, 3, 1)
     elif layout == "BNC":
@@ -408,6 +409,13 @@ class Call(Step):
     keywords: dict[str, Any]
     pixelwise: tuple[str, ...] = ()
 
+    @property
+    def gives_a_view(self) -> bool:
+        """Whether the result may look into the memory of an argument."""
+        schema = getattr(self.function, "_schema", None)
+        name = schema.name.split("::")[1] if schema else ""
+        return not schema or name in VIEWS or any(r.alias_info for r in schema.returns)
+
     def reads(self) -> Iterator[str]:
         """All values among its arguments."""
         for leaf in pytree.tree_leaves((self.arguments, self.keywords), is_leaf=_is_value):
@@ -503,7 +511,8 @@ class Program:
     def _mark_in_place(self, last: dict[str, int], kept: set[str]) -> None:
         """Let copies take over the memory of values that nothing reads afterwards."""
         owned: set[str] = set()  # memory of their own, which no other value looks into
-        viewed = {name for step in self.steps if isinstance(step, Call) for name in step.reads()}
+        calls = [step for step in self.steps if isinstance(step, Call)]
+        viewed = {name for call in calls if call.gives_a_view for name in call.reads()}
         for index, step in enumerate(self.steps):
             if not isinstance(step, Allocate):
                 continue

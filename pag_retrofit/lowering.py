@@ -1,13 +1,14 @@
 """From the exported graph of a gated network to the steps of its deployed form.
 
-Nodes are visited in order. A convolution is not emitted where it stands: what follows it (batch norm,
-scales, an activation, the mix with a bypass, a mask, an addition) is folded into it as long as nothing
-else looks at the result in between. Upsampled and concatenated maps are not made where convolutions
-and gates can read their parts.
+Nodes are visited in order. A convolution is not emitted where it stands: what follows it (batch
+norm, scales, an activation, the mix with a bypass, a mask, an addition) is folded into it as long
+as nothing else looks at the result in between. Upsampled and concatenated maps are not made where
+convolutions and gates can read their parts.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
@@ -36,10 +38,9 @@ from pag_retrofit.execution import (
 )
 from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
-from pag_retrofit.locality import ELEMENTWISE, conv_arguments, operator_name, pair
+from pag_retrofit.locality import ELEMENTWISE, Node, conv_arguments, operator_name, pair
 from pag_retrofit.multipool import BranchSelector
 
-Node = fx.Node
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
 _INNER = frozenset(
     {"permute", "transpose", "flatten", "view", "reshape", "alias", "_to_copy", "to"}
@@ -50,11 +51,11 @@ _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat
 _IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "relu": torch.relu_,
     "relu6": lambda x: x.clamp_(0, 6),
-    "silu": lambda x: torch.nn.functional.silu(x, inplace=True),
-    "gelu": lambda x: x.copy_(torch.nn.functional.gelu(x)),
-    "gelu_tanh": lambda x: x.copy_(torch.nn.functional.gelu(x, approximate="tanh")),
-    "hardswish": lambda x: torch.nn.functional.hardswish(x, inplace=True),
-    "hardsigmoid": lambda x: torch.nn.functional.hardsigmoid(x, inplace=True),
+    "silu": lambda x: functional.silu(x, inplace=True),
+    "gelu": lambda x: x.copy_(functional.gelu(x)),
+    "gelu_tanh": lambda x: x.copy_(functional.gelu(x, approximate="tanh")),
+    "hardswish": lambda x: functional.hardswish(x, inplace=True),
+    "hardsigmoid": lambda x: functional.hardsigmoid(x, inplace=True),
     "sigmoid": torch.sigmoid_,
 }
 _MOST_SOURCES = 4
@@ -169,6 +170,8 @@ class _Lowering:
         self.not_negative: set[Node] = set()
         self._read_inputs(exported)
         self._find_aliases()
+        self.order = {node: place for place, node in enumerate(self.graph.nodes)}
+        self.nodes = {node.name: node for node in self.graph.nodes}
         self.readers: dict[Node, list[Node]] = {}
         for node in self.graph.nodes:
             if node not in self.same:
@@ -344,16 +347,12 @@ class _Lowering:
         virtual = self.state.virtual.get(node)
         height, width = _shape(node)[2:]
         if isinstance(virtual, _Kept) and not whole:
-            origin = self._origin(virtual.source.value)
-            size = _shape(origin)[2:]
+            size = _shape(self.nodes[virtual.source.value])[2:]
             return (virtual.source,), (size[0], size[1]), virtual
         if isinstance(virtual, _Parts) and groups == 1:
             return virtual.sources, (height, width), None
         self.make(node)
         return (Source(node.name, "BCHW"),), (height, width), None
-
-    def _origin(self, name: str) -> Node:
-        return next(node for node in self.graph.nodes if node.name == name)
 
     def _visit_batch_norm(self, node: Node) -> bool:
         group = self.group(node.args[0], node)
@@ -437,8 +436,7 @@ class _Lowering:
         candidates = [(n, g) for n in (a, b) if (g := self.group(n, node)) and _can_add(g)]
         if not candidates:
             return False
-        order = {n: i for i, n in enumerate(self.graph.nodes)}
-        source, group = max(candidates, key=lambda c: (bool(c[1].mask), order[c[0]]))
+        source, group = max(candidates, key=lambda c: (bool(c[1].mask), self.order[c[0]]))
         other = b if source is a else a
         if other in self.state.constants:
             return False
@@ -458,11 +456,11 @@ class _Lowering:
 
     def _visit_permute(self, node: Node) -> bool:
         group = self.group(node.args[0], node)
-        order = [int(d) % 4 for d in node.args[1]]
-        moved = {("BCHW", (0, 2, 3, 1)): "BHWC", ("BHWC", (0, 3, 1, 2)): "BCHW"}
+        order = "".join(str(int(d) % len(node.args[1])) for d in node.args[1])
+        moved = {("BCHW", "0231"): "BHWC", ("BHWC", "0312"): "BCHW"}
         if group is None or group.residual is not None:
             return False
-        layout = moved.get((group.layout, tuple(order)))
+        layout = moved.get((group.layout, order))
         if layout is None:
             return False
         return self.move(node.args[0], node, replace(group, layout=layout))
@@ -636,7 +634,8 @@ class _Lowering:
     def _visit_slice(self, node: Node) -> bool:
         """Every stride-th row or column, if a 1x1 convolution reads it."""
         source = self.real(node.args[0])
-        axis, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        given = [*node.args[1:]]
+        axis, start, _, step = given + [0, None, None, 1][len(given) :]
         shape = _shape(source)
         if len(shape) != 4 or axis not in (2, 3):
             return False
@@ -729,37 +728,17 @@ class _Lowering:
 
     def _emit(self, node: Node, group: _Group) -> None:
         """Write a group as steps that make the value of a node."""
-        steps, buffer = self.state.steps, Buffer(group.rows, group.layout)
-        masked = Masked(group.mask) if group.mask else EVERYWHERE
-        last = ""  # an activation of the whole map, at the end
-        activation = group.activation
-        accumulate = False
-        residual: Source | None = None
-        if group.residual is not None and (group.mask or group.coarse):
-            accumulate = True
-            steps.append(
-                Allocate(
-                    writes=node.name,
-                    buffer=buffer,
-                    copied=group.residual.name,
-                    copied_layout=group.layout,
-                )
-            )
-            idempotent = activation == "relu" and group.residual in self.not_negative
-            if activation != "none" and not group.residual_after and not idempotent:
-                last, activation = activation, "none"
-        else:
-            zero = bool(group.mask)
-            steps.append(Allocate(writes=node.name, buffer=buffer, zero=zero))
-            if group.residual is not None:
-                residual = Source(group.residual.name, group.layout)
-        if group.coarse:
-            last, activation = activation if activation != "none" else last, "none"
+        activation, last = self._activations(group)
+        in_place = group.residual is not None and bool(group.mask)
+        self.state.steps.append(self._allocate(node, group))
+        residual = None
+        if group.residual is not None and not in_place:
+            residual = Source(group.residual.name, group.layout)
         for part in group.parts:
-            where = both(masked, part.where)
+            where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
             if group.coarse:
                 where = Either(Masked(group.coarse), Grid(group.coarse))
-            steps.append(
+            self.state.steps.append(
                 Convolve(
                     writes=node.name,
                     layer=kernels.PerforatedConvolution(
@@ -775,29 +754,55 @@ class _Lowering:
                     size=part.size,
                     where=where,
                     residual=residual,
-                    accumulate=accumulate,
+                    accumulate=in_place,
                     residual_after=group.residual_after,
                 )
             )
         if group.coarse:
             closed = both(Masked(group.coarse, False), Grid(group.coarse, False))
-            steps.append(Interpolate(writes=node.name, layout=group.layout, where=closed))
-        if last:
-            function = _IN_PLACE.get(last)
-            if function is None:
-                slope = group.slope
-                function = lambda x: torch.nn.functional.leaky_relu_(x, slope)  # noqa: E731
-            steps.append(Activate(writes=node.name, function=function))
+            self.state.steps.append(
+                Interpolate(writes=node.name, layout=group.layout, where=closed)
+            )
+        if last != "none":
+            function = functools.partial(_activate, last, group.slope)
+            self.state.steps.append(Activate(writes=node.name, function=function))
         if group.activation in _NOT_NEGATIVE and not group.residual_after:
             self.not_negative.add(node)
         self.state.made.add(node)
 
+    def _activations(self, group: _Group) -> tuple[str, str]:
+        """The one that kernels apply, and the one that the whole map goes through at the end.
+
+        Pixels that no convolution writes need theirs, too: interpolated ones, and those of a
+        shortcut outside of a mask, unless it has no effect there.
+        """
+        if group.coarse:
+            return "none", group.activation
+        shortcut = group.residual is not None and bool(group.mask) and not group.residual_after
+        if not shortcut or (group.activation == "relu" and group.residual in self.not_negative):
+            return group.activation, "none"
+        return "none", group.activation
+
+    def _allocate(self, node: Node, group: _Group) -> Allocate:
+        """The map that a group writes: what is outside of its mask is zero, or the shortcut."""
+        buffer = Buffer(group.rows, group.layout)
+        if group.residual is None or not group.mask:
+            return Allocate(writes=node.name, buffer=buffer, zero=bool(group.mask))
+        copied = group.residual.name
+        return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
+
+
+def _activate(name: str, slope: float, x: Tensor) -> None:
+    """Apply one of the kernels' activations to a whole map, in place."""
+    if name == "leaky_relu":
+        functional.leaky_relu(x, slope, inplace=True)
+    else:
+        _IN_PLACE[name](x)
+
 
 def _can_add(group: _Group) -> bool:
     """Whether a kernel can add a residual to what a group computes."""
-    if group.residual is not None or group.coarse:
-        return False
-    return group.activation == "none" or len(group.parts) > 0
+    return group.residual is None and not group.coarse
 
 
 def _name(node: Node) -> str:
@@ -885,7 +890,7 @@ def _out_of_place(node: Node) -> Callable[..., Any]:
     if name in ("view", "_unsafe_view"):  # strides may differ from those at export
         return torch.ops.aten.reshape.default
     if not name.endswith("_") or name.startswith("_"):
-        return target  # type: ignore[return-value]
+        return target
     packet = getattr(torch.ops.aten, name.removesuffix("_"))
-    function: Callable[..., Any] = getattr(packet, target._overloadname)  # type: ignore
+    function: Callable[..., Any] = getattr(packet, target._overloadname)
     return function

@@ -1,8 +1,8 @@
 """A gated network as one graph in which gates and masks are still to be seen.
 
-While it is exported for deployment, each decision of a gate and each use of a mask becomes one node,
-an operator of the namespace `pag_marker`. The operators compute what they stand for, so the graph
-runs as it is; `lowering` turns it into steps that compute listed pixels only.
+While it is exported for deployment, each decision of a gate and each use of a mask becomes one
+node, an operator of the namespace `pag_marker`; `lowering` turns the graph into steps that compute
+listed pixels only.
 """
 
 from __future__ import annotations
