@@ -1,4 +1,4 @@
-"""The command line: `pag-retrofit finetune`, `evaluate` and `plan`."""
+"""The command line: `pag-retrofit finetune`, `evaluate`, `plan` and `benchmark`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,93 @@ def plan(
         _out.print_json(data=made.to_dict())
     else:
         _out.print(made.table())
+
+
+benchmark = typer.Typer(help="Measures on this machine.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command()
+def latency(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="timm:resnet50, smp:Unet:resnet34 (architecture and encoder; fresh weights), or "
+            "the folder or file of a saved gated network"
+        ),
+    ],
+    input_shape: Annotated[str, typer.Option("--input", help="such as 1x3x384x480")],
+    density: Annotated[
+        str, typer.Option(help="densities of made-up masks")
+    ] = "1.0,0.9,0.7,0.5,0.3,0.1",
+    pattern: Annotated[str, typer.Option(help="of made-up masks: blobs, random, rows")] = "blobs",
+    threads: Annotated[int, typer.Option(help="of every variant")] = 1,
+    rounds: Annotated[int, typer.Option(help="how often each variant is called")] = 20,
+    runtimes: Annotated[
+        str, typer.Option(help="dense runtimes to compare with")
+    ] = "eager,channels_last,compile,onnxruntime,openvino",
+    backend: Annotated[str, typer.Option(help="of the deployed network")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Times a deployed network against dense runtimes of the original one, side by side."""
+    import torch
+
+    from pag_retrofit.latency import compare_latency
+
+    shape = _shape(input_shape)
+    try:
+        densities = [float(part) for part in density.split(",")]
+    except ValueError as error:
+        raise PagError(f"--density {density!r}: expected numbers, such as 1.0,0.5") from error
+    torch.manual_seed(0)
+    with _err.status("building"):
+        gated = _gated_network(model, shape)
+    with _err.status("timing"):
+        compared = compare_latency(
+            gated,
+            torch.randn(shape),
+            densities=densities,
+            pattern=pattern,
+            runtimes=[name for name in runtimes.split(",") if name],
+            backend=backend,
+            threads=threads,
+            rounds=rounds,
+        )
+    if as_json:
+        _out.print_json(data=compared.to_dict())
+        return
+    table = Table("variant", "ms", "10 % - 90 %", "compute", "speed-up", "efficiency")
+    for variant in compared.variants:
+        table.add_row(
+            variant.name,
+            f"{variant.milliseconds:.1f}",
+            f"{variant.low:.1f} - {variant.high:.1f}",
+            f"{variant.fraction:.3f}",
+            f"{compared.speed_up(variant):.2f}",
+            "" if variant.dense else f"{compared.efficiency(variant):.2f}",
+        )
+    _out.print(table)
+    for name, reason in compared.left_out.items():
+        _out.print(f"left out: {name}, {reason}", markup=False, highlight=False)
+
+
+def _gated_network(name: str, shape: tuple[int, ...]) -> Any:
+    """A saved gated network, or a fresh network that is gated where it can be."""
+    from pag_retrofit.io import ModelSpec, from_pretrained, load_file
+    from pag_retrofit.surgery import retrofit
+
+    path = Path(name)
+    if path.exists():
+        return from_pretrained(path) if path.is_dir() else load_file(path)
+    library, colon, rest = name.partition(":")
+    architecture, _, encoder = rest.partition(":")
+    if not colon or not rest:
+        raise PagError(
+            f"--model {name!r}: expected timm:NAME, smp:ARCHITECTURE:ENCODER, or an existing path"
+        )
+    arguments = {"encoder_name": encoder} if encoder else {}
+    network = ModelSpec(library=library, name=architecture, arguments=arguments).build()
+    return retrofit(network, 1.0, example_input=shape, inplace=True).eval()
 
 
 def _named(option: str, items: list[str] | None) -> dict[str, Any]:

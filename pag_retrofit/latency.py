@@ -1,0 +1,297 @@
+"""Latency of a deployed network and of every dense runtime at hand, side by side in one run.
+
+All variants are called in turn, round after round, so that a busy machine slows them alike. The
+dense runtimes get the original network with the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pag_retrofit.deployment import deploy
+from pag_retrofit.errors import PagError
+from pag_retrofit.measurement import measure, override_gates
+from pag_retrofit.surgery import remove
+
+OWN_GATES = "gates"
+"""Name of the masks that the network's own gates make."""
+_TOLERANCE = 1e-3
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a variant took.
+
+    Args:
+        name: Runtime, or `"deployed"` and its masks.
+        dense: Whether it is a runtime of the original network.
+        milliseconds: Median.
+        low: First decile, milliseconds.
+        high: Last decile, milliseconds.
+        fraction: Compute fraction, 1 for a dense runtime.
+        error: Largest difference from the gated (dense: from the original) network, relative to
+            the largest output.
+    """
+
+    name: str
+    dense: bool
+    milliseconds: float
+    low: float
+    high: float
+    fraction: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants of one run.
+
+    Args:
+        variants: In the order they were called.
+        left_out: Runtime -> why it is missing.
+        threads: Of every variant.
+        rounds: How often each was called.
+        input: Its shape.
+    """
+
+    variants: tuple[Latency, ...]
+    left_out: Mapping[str, str]
+    threads: int
+    rounds: int
+    input: tuple[int, ...]
+
+    @property
+    def best_dense(self) -> Latency:
+        """The fastest runtime of the original network."""
+        return min((v for v in self.variants if v.dense), key=lambda v: v.milliseconds)
+
+    def speed_up(self, variant: Latency) -> float:
+        """Over the best dense runtime."""
+        return self.best_dense.milliseconds / variant.milliseconds
+
+    def efficiency(self, variant: Latency) -> float:
+        """1 where time is exactly proportional to compute."""
+        return self.speed_up(variant) * variant.fraction
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "input": list(self.input),
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "left_out": dict(self.left_out),
+            "variants": [
+                {
+                    **asdict(variant),
+                    "speed_up": self.speed_up(variant),
+                    "efficiency": self.efficiency(variant),
+                }
+                for variant in self.variants
+            ],
+        }
+
+
+@torch.no_grad()
+def compare_latency(
+    gated: nn.Module,
+    x: Tensor,
+    *,
+    densities: Sequence[float] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1),
+    pattern: str = "blobs",
+    runtimes: Sequence[str] = ("eager", "channels_last", "compile", "onnxruntime", "openvino"),
+    backend: str = "cpu",
+    threads: int = 1,
+    rounds: int = 20,
+    seconds: float = 120.0,
+) -> Comparison:
+    """Time a gated network, deployed, against dense runtimes of the network it was made from.
+
+    Args:
+        gated: A gated network; timed with its own gates and with made-up masks.
+        x: Its input, (B, C, H, W).
+        densities: Of the made-up masks.
+        pattern: Of the made-up masks; see `override_gates`.
+        runtimes: Dense ones; those that are not installed are left out.
+        backend: Of `deploy`.
+        threads: Of every variant.
+        rounds: How often each variant is called, at most.
+        seconds: Time for all rounds together, of which there are three at least.
+
+    Raises:
+        PagError: A runtime is unknown, or an argument does not fit the network.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        original = remove(copy.deepcopy(gated)).eval()
+        runs, left_out = _dense_runs(original, x, runtimes, threads)
+        facts = {name: (True, 1.0) for name in runs}
+        errors = {name: _difference(run(), original(x)) for name, run in runs.items()}
+        wrong = {name: error for name, error in errors.items() if error > _TOLERANCE}
+        if wrong:
+            raise PagError(f"dense runtimes differ from the network by {wrong}")
+        for name, run, fraction, error in _deployed_runs(gated, x, densities, pattern, backend):
+            runs[name], facts[name], errors[name] = run, (False, fraction), error
+        times = _time(runs, rounds, seconds)
+    finally:
+        torch.set_num_threads(before)
+    variants = []
+    for name, taken in times.items():
+        dense, fraction = facts[name]
+        low, *_, high = statistics.quantiles(taken, n=10)
+        middle = statistics.median(taken)
+        variants.append(Latency(name, dense, middle, low, high, fraction, errors[name]))
+    done = len(next(iter(times.values())))
+    return Comparison(tuple(variants), left_out, threads, done, tuple(x.shape))
+
+
+def _time(runs: Mapping[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def _deployed_runs(
+    gated: nn.Module, x: Tensor, densities: Sequence[float], pattern: str, backend: str
+) -> Iterator[tuple[str, Run, float, float]]:
+    """Name, call, compute fraction and error of the deployed network, per kind of masks."""
+    deployed = deploy(gated, backend)
+    image = x.contiguous(memory_format=torch.channels_last)
+    with measure(gated) as measured:
+        expected = gated.eval()(x)
+    run = functools.partial(deployed, image)
+    yield f"deployed {OWN_GATES}", run, measured.fraction, _difference(run(), expected)
+    for density in densities:
+        with override_gates(gated, density, pattern=pattern), measure(gated) as measured:
+            expected = gated(x)
+
+        def masked(density: float = density) -> Any:
+            with override_gates(deployed, density, pattern=pattern):
+                return deployed(image)
+
+        error = _difference(masked(), expected)
+        yield f"deployed {pattern} {density:g}", masked, measured.fraction, error
+
+
+def _difference(output: Any, expected: Any) -> float:
+    first, second = _first(output), _first(expected)
+    largest = float(second.abs().max())
+    return float((first - second).abs().max()) / max(largest, 1e-12)
+
+
+def _first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output.float()
+
+
+# --- dense runtimes -----------------------------------------------------------------------
+
+
+def _dense_runs(
+    model: nn.Module, x: Tensor, wanted: Sequence[str], threads: int
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Calls of the dense runtimes, and why others are left out."""
+    unknown = [name for name in wanted if name not in _RUNTIMES]
+    if unknown:
+        raise PagError(f"runtimes {unknown}: expected some of {list(_RUNTIMES)}")
+    runs: dict[str, Run] = {}
+    left_out: dict[str, str] = {}
+    for name in wanted:
+        package, build = _RUNTIMES[name]
+        if importlib.util.find_spec(package) is None:
+            left_out[name] = f"{package} is not installed (pip install 'pag-retrofit[bench]')"
+            continue
+        try:
+            runs[name] = build(model, x, threads)
+            runs[name]()
+        except Exception as error:  # other people's compilers: say so, and compare with the rest
+            runs.pop(name, None)
+            line = (str(error).splitlines() or [""])[0][:200]
+            left_out[name] = f"{type(error).__name__}: {line}"
+    return runs, left_out
+
+
+def _eager(model: nn.Module, x: Tensor, threads: int) -> Run:
+    return functools.partial(model, x)
+
+
+def _channels_last(model: nn.Module, x: Tensor, threads: int) -> Run:
+    laid_out = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return functools.partial(laid_out, x.contiguous(memory_format=torch.channels_last))
+
+
+def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
+    """Inductor with frozen weights: batch norms folded, weights packed."""
+    from torch._inductor import config
+
+    config.freezing = True
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model))
+    image = x.contiguous(memory_format=torch.channels_last)
+    return functools.partial(compiled, image)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), str(path), dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    name = session.get_inputs()[0].name
+    image = x.contiguous().numpy()
+    return lambda: [torch.from_numpy(output) for output in session.run(None, {name: image})]
+
+
+def _openvino(model: nn.Module, x: Tensor, threads: int) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else it rounds to bfloat16 where the machine can
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(
+        openvino.convert_model(model, example_input=x, input=[list(x.shape)]), "CPU", settings
+    )
+    image = x.contiguous().numpy()
+    return lambda: [torch.from_numpy(output) for output in compiled([image]).values()]
+
+
+_RUNTIMES: dict[str, tuple[str, Callable[[nn.Module, Tensor, int], Run]]] = {
+    "eager": ("torch", _eager),
+    "channels_last": ("torch", _channels_last),
+    "compile": ("torch", _compiled),
+    "onnxruntime": ("onnxruntime", _onnxruntime),
+    "openvino": ("openvino", _openvino),
+}
