@@ -265,6 +265,51 @@ def tradeoff_chart(
     return figure
 
 
+def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str = "") -> Figure:
+    """Draw speed-up against compute fraction, beside the line of time proportional to compute.
+
+    Args:
+        lines: Network -> (compute fraction, speed-up over the best dense runtime) of each mask.
+        title: Above the chart; default none.
+
+    Raises:
+        PagError: There is no point.
+    """
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        raise PagError(f"lines={dict(lines)!r}: expected at least one (fraction, speed-up)")
+    figure = _figure(4.4 + (_TITLE if title else 0), title)
+    axes = _axes(figure, (0.75, 0.6, 5.2, 3.7))
+    axes.tick_params(bottom=True, labelbottom=True, left=True, labelleft=True, labelsize=9)
+    for side in ("left", "bottom"):
+        axes.spines[side].set(visible=True, color=_FAINT)
+    axes.grid(color=_TRACK, linewidth=0.8)
+    axes.set_axisbelow(True)
+    highest = 1.15 * max(speed for _, speed in points)
+    fractions = np.linspace(1 / highest, 1.0, 200)
+    axes.plot(
+        100 * fractions, 1 / fractions, color=_FAINT, linestyle=(0, (5, 3)), linewidth=1.2,
+        label="time proportional to compute",
+    )  # fmt: skip
+    axes.axhline(1.0, color=_FAINT, linewidth=0.8)
+    for (name, line), colour, marker in zip(
+        lines.items(), cycle(_SERIES), cycle("osD^vPX"), strict=False
+    ):
+        xs, ys = zip(*sorted(line), strict=True)
+        axes.plot(
+            [100 * x for x in xs], ys, color=colour, marker=marker, markersize=5, linewidth=1.6,
+            label=name,
+        )  # fmt: skip
+    axes.set_xlim(0, 105)
+    axes.set_ylim(0, highest)
+    axes.set_xlabel("compute (% of the dense network's MACs)", fontsize=9, color=_INK)
+    axes.set_ylabel("speed-up", fontsize=9, color=_INK)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, labelcolor=_INK
+    )
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure whole or not at all; missing folders are made.
 

@@ -31,7 +31,7 @@ HEAVY = (
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(pag.__path__, "pag_retrofit.")
-    if not info.name.endswith("__main__")
+    if not info.name.endswith(("__main__", "._kernels"))  # the latter is a library, not a module
 )
 
 

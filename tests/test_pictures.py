@@ -16,6 +16,7 @@ import pag_retrofit as pag
 from pag_retrofit.pictures import (
     DOTS_PER_INCH,
     branch_panel,
+    latency_chart,
     open_rates_chart,
     prediction_panel,
     relative_compute_map,
@@ -282,3 +283,16 @@ def test_branch_maps_that_do_not_fit_are_refused():
         branch_panel(image, {})
     with pytest.raises(pag.PagError, match="branch_maps of .'a'.: expected shapes .2, h, w."):
         branch_panel(image, {"a": torch.zeros(1, 3, 3, dtype=torch.int64)})
+
+
+def test_the_latency_chart_shows_each_network_and_the_ideal():
+    figure = latency_chart({"a": [(0.5, 1.6), (1.0, 0.9)], "b": [(0.3, 2.0)]}, title="T")
+    (axes,) = figure.axes
+    ideal, _, first, second = axes.lines
+    x, y = ideal.get_data()
+    assert np.allclose(x * y, 100)
+    assert list(zip(*first.get_data(), strict=True)) == [(50, 1.6), (100, 0.9)]
+    assert second.get_label() == "b"
+    assert axes.get_ylim()[1] > 2.0
+    with pytest.raises(pag.PagError, match="at least one"):
+        latency_chart({"a": []})
