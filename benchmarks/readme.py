@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import coverage_page
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
 
@@ -83,6 +85,8 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         "![Image, label, prediction and compute map of CamVid frames](docs/images/camvid_panel.png)"
     )
     text = replace_block(text, "camvid-picture", picture)
+    coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
+    text = replace_block(text, "coverage-table", coverage_page.summary(coverage))
     details = page.read_text(encoding="utf-8")
     table = summary_table(results).replace("; [more](docs/camvid.md)", "")
     details = replace_block(details, "camvid-table", table)

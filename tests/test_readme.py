@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_generator():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import coverage_page  # noqa: E402
+import readme  # noqa: E402
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
@@ -30,13 +27,15 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_figures_are_those_of_the_results():
-    for path, text in load_generator().render().items():
+    for path, text in readme.render().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make figures"
+    coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
+    assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(coverage)
 
 
 def test_a_missing_marker_is_named():
     with pytest.raises(ValueError, match="camvid-table:begin"):
-        load_generator().replace_block("no markers here", "camvid-table", "x")
+        readme.replace_block("no markers here", "camvid-table", "x")
 
 
 def test_pictures_of_the_pages_exist():
