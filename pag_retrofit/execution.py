@@ -154,6 +154,7 @@ class Convolve(Step):
     residual: Source | None = None
     accumulate: bool = False
     residual_after: bool = False
+    _ran: bool = False
 
     def reads(self) -> Iterator[str]:
         """Sources, their scales, and the residual."""
@@ -189,13 +190,15 @@ class Convolve(Step):
             scale=scale if grouped else None,
             input_scale=None if grouped else scale,
         )
-        self.layer(
+        self.layer.forward(
             as_rows(values[self.writes], self.layout),
             maps,
             demands.listed(both(demanded, self.where)),
             upsampling=[source.upsampling for source in self.sources],
             epilogue=epilogue,
+            checked=self._ran,  # shapes are those of the program
         )
+        self._ran = True
 
 
 @dataclass(kw_only=True)

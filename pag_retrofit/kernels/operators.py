@@ -96,11 +96,16 @@ def _convolution(*arguments: Any) -> None:
     backend().convolution(checked)
 
 
-def convolve(*arguments: Any) -> None:
+def convolve(*arguments: Any, checked: bool = False) -> None:
     """Call the operator `convolution`, or straight what it runs where nobody looks at operators.
 
-    Passing the dispatcher takes longer than a small layer does.
+    Passing the dispatcher takes longer than a small layer does, and so do the checks: `checked`
+    leaves them out where an earlier call had the same types, shapes and strides. The entries of a
+    list are checked in any case.
     """
+    if checked:
+        backend().convolution(ConvolutionArguments(*arguments))
+        return
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     if watched or type(arguments[0]) is not Tensor:
         torch.ops.pag_retrofit.convolution(*arguments)

@@ -102,6 +102,7 @@ class PerforatedConvolution(nn.Module):
         *,
         upsampling: Sequence[int] | None = None,
         epilogue: Epilogue | None = None,
+        checked: bool = False,
     ) -> Tensor:
         """Write the listed pixels of `out` and return it.
 
@@ -113,6 +114,7 @@ class PerforatedConvolution(nn.Module):
             upsampling: Power of two by which each source is (nearest-neighbour) upsampled as it
                 is read; default 1 each. The input's size is that of the smallest source then.
             epilogue: Residuals and scales; default none.
+            checked: An earlier call had the same types, shapes and strides; default False.
 
         Raises:
             PagError: A shape, type, stride or index does not fit.
@@ -126,7 +128,7 @@ class PerforatedConvolution(nn.Module):
         convolve(
             out, maps, self.weights, self.bias, pixels, length, self._flat_window, size,
             self.groups, factors, self.activation, self.slope, e.scale, e.input_scale,
-            e.residual, e.accumulate, e.residual_after,
+            e.residual, e.accumulate, e.residual_after, checked=checked,
         )  # fmt: skip
         return out
 
