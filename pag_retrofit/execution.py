@@ -7,7 +7,8 @@ channels last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,8 +22,49 @@ from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
 
-Values = dict[str, Any]
 _MOST_MADE_UP = 16
+
+
+class Memory:
+    """Memory of maps that kernels wrote, kept for the next ones of the same size.
+
+    Fresh memory costs a page fault every few kilobytes: more than a small layer takes.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._free: dict[int, list[Tensor]] = {}
+
+    def take(self, floats: int) -> Tensor:
+        """Flat memory, uninitialised."""
+        try:
+            return self._free[floats].pop()
+        except (KeyError, IndexError):
+            return torch.empty(floats)
+
+    def give(self, flat: Tensor) -> None:
+        """Give memory back that nothing looks into any more."""
+        self._free.setdefault(flat.numel(), []).append(flat)
+
+
+class Values(dict[str, Any]):
+    """The values of one forward pass by name, and the memory behind them.
+
+    Args:
+        start: Inputs and constants.
+        memory: Where maps take their memory from.
+    """
+
+    def __init__(self, start: Mapping[str, Any], memory: Memory):
+        """Start with what is there."""
+        super().__init__(start)
+        self.memory = memory
+        self.taken: dict[str, Tensor] = {}
+
+    def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Memory for a map, as rows (B, H, W, C)."""
+        flat = self.taken[name] = self.memory.take(math.prod(shape))
+        return flat.view(*shape)
 
 
 class Source(NamedTuple):
@@ -122,12 +164,14 @@ class Allocate(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Allocate."""
-        if not self.copied:
-            rows = (torch.zeros if self.zero else torch.empty)(self.buffer.shape)
-        else:
+        if self.in_place:
             rows = as_rows(values[self.copied], self.copied_layout)
-            if not self.in_place:
-                rows = rows.clone()
+        else:
+            rows = values.allocate(self.writes, self.buffer.shape)
+            if self.copied:
+                rows.copy_(as_rows(values[self.copied], self.copied_layout))
+            elif self.zero:
+                rows.zero_()
         values[self.writes] = from_rows(rows, self.buffer.layout)
 
 
@@ -470,7 +514,7 @@ class Program:
         steps: Sequence[Step],
         inputs: Sequence[str],
         outputs: Sequence[Any],
-        constants: Values,
+        constants: Mapping[str, Any],
     ):
         """Work out demands, what may happen in place, and the last use of every value."""
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
@@ -482,6 +526,8 @@ class Program:
             for name in (*step.reads(), step.writes, *_masks(self.demanded[index], step)):
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
+        self._memory = Memory()
+        self.free = self._releases(last, kept)
         self.dead: list[list[str]] = [[] for _ in self.steps]
         for name, index in last.items():
             if name not in kept and name not in constants:
@@ -489,12 +535,17 @@ class Program:
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """One forward pass."""
-        values: Values = {**self.constants, **dict(zip(self.inputs, arguments, strict=True))}
+        given = dict(zip(self.inputs, arguments, strict=True))
+        values = Values({**self.constants, **given}, self._memory)
         demands = Demands(values)
-        for step, demanded, dead in zip(self.steps, self.demanded, self.dead, strict=True):
+        for step, demanded, dead, free in zip(
+            self.steps, self.demanded, self.dead, self.free, strict=True
+        ):
             step.run(values, demands, demanded)
             for name in dead:
                 del values[name]
+            for name in free:
+                self._memory.give(values.taken[name])
         return [values[o.name] if isinstance(o, Value) else o for o in self.outputs]
 
     def _demands(self) -> list[Demand]:
@@ -522,6 +573,27 @@ class Program:
             owned.add(step.writes)
             if step.copied in owned and step.copied not in kept and last[step.copied] == index:
                 step.in_place = step.copied not in viewed
+
+    def _releases(self, last: Mapping[str, int], kept: set[str]) -> list[list[str]]:
+        """Per step: allocations whose memory nothing looks into afterwards."""
+        owners: dict[str, set[str]] = {}  # value -> allocations whose memory it may look into
+        for step in self.steps:
+            if isinstance(step, Allocate) and not step.in_place:
+                owners[step.writes] = {step.writes}
+            elif isinstance(step, Allocate):
+                owners[step.writes] = owners[step.copied]
+            elif isinstance(step, Call) and step.gives_a_view:
+                owners[step.writes] = {o for name in step.reads() for o in owners.get(name, ())}
+        ends: dict[str, int] = {}
+        for name, own in owners.items():
+            end = len(self.steps) if name in kept else last[name]
+            for owner in own:
+                ends[owner] = max(ends.get(owner, 0), end)
+        free: list[list[str]] = [[] for _ in self.steps]
+        for owner, end in ends.items():
+            if end < len(self.steps):
+                free[end].append(owner)
+        return free
 
 
 def _masks(demanded: Demand, step: Step) -> Iterator[str]:
