@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint sweep bench coverage figures clean
+.PHONY: help setup demo test lint sweep bench latency coverage figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard pag_retrofit/kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -34,6 +34,11 @@ sweep: $(STAMP)  ## the long tests over many networks
 bench: $(STAMP)  ## the CamVid evidence: PAG_DATA and PAG_WEIGHTS name the data, about 90 minutes
 	$(BIN)/pag-retrofit finetune recipes/camvid_mobilenetv2.yaml
 	$(BIN)/python benchmarks/camvid.py runs/camvid_mobilenetv2
+	$(BIN)/python benchmarks/readme.py
+
+latency: $(STAMP)  ## deployed networks beside every dense runtime; leave the machine alone
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/readme.py
 
 coverage: $(STAMP)  ## try every CNN family of timm and SMP; hours, goes on where it was

@@ -1,17 +1,18 @@
-"""Collects finished runs of the two MultiPool recipes and draws which branches pixels chose.
+"""Collects finished runs of the MultiPool recipes and draws which branches pixels chose.
 
-    python benchmarks/multipool.py --camvid runs/camvid_multipool --scenes runs/scenes_multipool/*
+    for seed in 0 1; do
+        pag-retrofit finetune recipes/scenes_multipool.yaml seed=$seed output=runs/scenes/$seed
+    done
+    python benchmarks/multipool.py runs/scenes/0 runs/scenes/1
 
-Each argument is the output folder of a run, one per seed. Reads the `metrics.json` of every stage,
-writes benchmarks/results/multipool.json, and draws docs/images/multipool_branches.png from the
-first CamVid network.
+Each argument is the output folder of a run. Reads the `metrics.json` of every stage, writes
+benchmarks/results/multipool.json, and draws docs/images/multipool_branches.png from the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from pag_retrofit import from_pretrained, measure
 from pag_retrofit.building import evaluation_data
+from pag_retrofit.checkpoints import write_json
 from pag_retrofit.pictures import branch_panel, save_figure
 from pag_retrofit.recipe import load_recipe
 
@@ -32,10 +34,8 @@ STAGES = {
     "average": "all dilations, averaged",
     "gated-1.00": "one dilation per pixel",
 }
-SHOWN = (20, 75)
+SHOWN = (0, 3)
 """Validation images in the picture."""
-PIXELS = 360
-"""Rows of a CamVid image; the network sees padding below them."""
 DRAWN_SITES = 3
 
 
@@ -57,54 +57,52 @@ def read_run(folder: Path) -> dict[str, Any]:
     recipe = load_recipe(folder / "gated-1.00" / "recipe.yaml")
     assert recipe.gated is not None
     return {
+        "name": recipe.name,
         "seed": recipe.seed,
         "epochs": recipe.gated.epochs,
         "commit": environment["commit"],
         "stages": stages,
+        "branch_shares": branch_shares(folder),
     }
 
 
 @torch.no_grad()
-def chosen_branches(folder: Path) -> dict[str, dict[int, float]]:
-    """Share of each dilation at each site on the validation images; draws the picture."""
+def branch_shares(folder: Path) -> dict[str, dict[int, float]]:
+    """Share of each dilation at each site on the validation images."""
+    recipe = load_recipe(folder / "gated-1.00" / "recipe.yaml")
+    gated = from_pretrained(folder / "gated-1.00")
+    with measure(gated) as measured:
+        for sample in evaluation_data(recipe):
+            gated(sample["image"][None])
+    return measured.branch_shares
+
+
+@torch.no_grad()
+def draw(folder: Path) -> None:
+    """Draw the branches that pixels of validation images chose."""
     recipe = load_recipe(folder / "gated-1.00" / "recipe.yaml")
     data = evaluation_data(recipe)
     gated = from_pretrained(folder / "gated-1.00")
-    with measure(gated) as measured:
-        for sample in data:
-            gated(sample["image"][None])
-    shares = measured.branch_shares
     images = torch.stack([data[index]["image"] for index in SHOWN])
     with measure(gated) as measured:
         gated(images)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.mean, recipe.data.std))
-    sites = dict(list(measured.branch_maps.items())[-DRAWN_SITES:])
-    rows = PIXELS / images.shape[2]
     figure = branch_panel(
-        (images * std + mean)[..., :PIXELS, :],
-        {name: chosen[:, : round(rows * chosen.shape[1])] for name, chosen in sites.items()},
-        title="CamVid validation: the dilation that each pixel chose",
+        images * std + mean,
+        dict(list(measured.branch_maps.items())[-DRAWN_SITES:]),
+        title=f"{recipe.name}: the dilation that each pixel chose",
     )
     save_figure(figure, PICTURE)
     Image.open(PICTURE).convert("RGB").quantize(256).save(PICTURE, optimize=True)
-    return shares
 
 
 def main() -> None:
     """Collect, write the results, draw."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    for name in ("camvid", "scenes"):
-        parser.add_argument(f"--{name}", type=Path, nargs="+", required=True)
-    arguments = parser.parse_args()
-    results = {
-        "camvid": [read_run(folder) for folder in arguments.camvid],
-        "scenes": [read_run(folder) for folder in arguments.scenes],
-        "branch_shares": chosen_branches(arguments.camvid[0]),
-    }
-    text = json.dumps(results, indent=1, sort_keys=True) + "\n"
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, RESULTS)
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders")
+    folders = parser.parse_args().runs
+    write_json(RESULTS, {"runs": [read_run(folder) for folder in folders]})
+    draw(folders[0])
 
 
 if __name__ == "__main__":

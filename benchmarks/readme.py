@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/camvid.md from benchmarks/results: `make figures`.
+"""Writes the tables of README.md and of the docs from benchmarks/results: `make figures`.
 
 Text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is replaced; everything else stays.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import coverage_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
+MULTIPOOL = ROOT / "benchmarks" / "results" / "multipool.json"
+LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -72,6 +75,85 @@ def class_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def latency_table(results: dict[str, Any]) -> str:
+    """Per network: the fastest dense runtime, and the deployed network at each density."""
+    facts = results["environment"]
+    densities = ("1", "0.7", "0.5", "0.3", "0.1")
+    lines = [
+        "Milliseconds of the fastest dense runtime (of eager, channels_last, `torch.compile` with "
+        "frozen weights, ONNX Runtime, OpenVINO; all float32), and of the deployed network with "
+        "made-up masks that leave a share of every gate's pixels open. In brackets the speed-up "
+        "and the compute fraction, which holds all that no gate saves.",
+        "",
+        "| network, input, threads | fastest dense | " + " | ".join(densities) + " |",
+        "|---|---:|" + "---:|" * len(densities),
+    ]
+    for run in results["runs"].values():
+        if run["pattern"] != "blobs":
+            continue
+        dense = [v for v in run["variants"] if v["dense"]]
+        best = min(dense, key=lambda v: v["milliseconds"])
+        by_name = {v["name"]: v for v in run["variants"]}
+        cells = []
+        for density in densities:
+            v = by_name[f"deployed blobs {density}"]
+            cells.append(f"{v['milliseconds']:.0f} ({v['speed_up']:.2f}x, {v['fraction']:.2f})")
+        size = "x".join(map(str, run["input"][2:]))
+        name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}"
+        lines.append(
+            f"| {name} | {best['milliseconds']:.0f} {best['name']} | {' | '.join(cells)} |"
+        )
+    packages = ", ".join(
+        f"{k} {facts['packages'][k]}" for k in ("torch",) if k in facts["packages"]
+    )
+    lines += [
+        "",
+        f"Medians of an interleaved run on {facts.get('cpu') or facts.get('processor', 'one CPU')}"
+        f" ({packages}); spread, all runtimes and efficiency stand in "
+        "`benchmarks/results/latency.json`. `make latency` repeats it; [more](docs/deployment.md).",
+    ]
+    return "\n".join(lines)
+
+
+def multipool_table(results: dict[str, Any]) -> str:
+    """Per recipe: mean and spread over seeds of each stage."""
+    names = {
+        "dense": "dense, before",
+        "reference": "dense, trained on equally long",
+        "average": "all dilations everywhere, averaged",
+        "gated-1.00": "one dilation per pixel",
+    }
+    lines = []
+    for recipe in dict.fromkeys(run["name"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["name"] == recipe]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        lines += [
+            f"`recipes/{recipe}.yaml`, seeds {seeds}, {runs[0]['epochs']} epochs each after the "
+            f"dense network, {runs[0]['stages']['dense']['images']} held-out images:",
+            "",
+            "| network | measured compute | mIoU of each seed | mean |",
+            "|---|---:|---:|---:|",
+        ]
+        for stage, name in names.items():
+            scores = [run["stages"][stage]["miou"] for run in runs]
+            fraction = statistics.mean(run["stages"][stage]["fraction"] for run in runs)
+            each = ", ".join(map(_percent, scores))
+            lines.append(
+                f"| {name} | {fraction:.3f} | {each} | {_percent(statistics.mean(scores))} |"
+            )
+        lines += ["", "Share of pixels that chose each dilation (first seed):", ""]
+        shares = runs[0]["branch_shares"]
+        factors = list(next(iter(shares.values())))
+        lines += [
+            "| convolution | " + " | ".join(factors) + " |",
+            "|---|" + "---:|" * len(factors),
+        ]
+        for site, share in shares.items():
+            lines.append(f"| {site} | " + " | ".join(f"{share[f]:.2f}" for f in factors) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
@@ -87,11 +169,25 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     text = replace_block(text, "camvid-picture", picture)
     coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
     text = replace_block(text, "coverage-table", coverage_page.summary(coverage))
+    latency = latency_table(json.loads(LATENCY.read_text(encoding="utf-8")))
+    text = replace_block(text, "latency-table", latency)
+    deployment = root / "docs" / "deployment.md"
+    deployed = replace_block(
+        deployment.read_text(encoding="utf-8"),
+        "latency-table",
+        latency.replace("; [more](docs/deployment.md)", ""),
+    )
+    multipool = root / "docs" / "multipool.md"
+    pooled = replace_block(
+        multipool.read_text(encoding="utf-8"),
+        "multipool-table",
+        multipool_table(json.loads(MULTIPOOL.read_text(encoding="utf-8"))),
+    )
     details = page.read_text(encoding="utf-8")
     table = summary_table(results).replace("; [more](docs/camvid.md)", "")
     details = replace_block(details, "camvid-table", table)
     details = replace_block(details, "camvid-classes", class_table(results))
-    return {readme: text, page: details}
+    return {readme: text, page: details, deployment: deployed, multipool: pooled}
 
 
 def main() -> None:
