@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                     # all that is not in the results yet
     python benchmarks/latency.py --only Unet --redo
+    python benchmarks/latency.py --trained runs/camvid_mobilenetv2   # also with trained gates
 
 Each network is timed in a process of its own, by `pag-retrofit benchmark latency`. Writes
 benchmarks/results/latency.json after each, and docs/images/latency.png at the end. Leave the
@@ -21,12 +22,18 @@ from typing import Any
 
 from PIL import Image
 
+from pag_retrofit import from_pretrained
+from pag_retrofit.building import evaluation_data
 from pag_retrofit.checkpoints import write_json
+from pag_retrofit.latency import compare_latency
 from pag_retrofit.pictures import latency_chart, save_figure
+from pag_retrofit.recipe import load_recipe
 from pag_retrofit.stages import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "latency.json"
+SHOWN = 20
+"""Validation image that trained networks are timed on."""
 PICTURE = ROOT / "docs" / "images" / "latency.png"
 
 
@@ -84,6 +91,18 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
     return {**measured, "pattern": case.pattern, "model": case.model}
 
 
+def measure_trained(run: Path, rounds: int) -> dict[str, Any]:
+    """Networks of a run of a recipe, with their own gates, on one of its validation images."""
+    measured = {}
+    for folder in sorted(run.glob("gated-*")):
+        image = evaluation_data(load_recipe(folder / "recipe.yaml"))[SHOWN]["image"]
+        compared = compare_latency(
+            from_pretrained(folder), image[None], densities=(), threads=1, rounds=rounds
+        )
+        measured[folder.name] = compared.to_dict()
+    return measured
+
+
 def draw(results: dict[str, Any]) -> None:
     """Speed-up against compute fraction, one line per network."""
     lines = {}
@@ -109,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--redo", action="store_true", help="also what is in the results")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--trained", type=Path, help="output folder of a recipe's run")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"runs": {}}
     if RESULTS.is_file():
@@ -119,6 +139,9 @@ def main() -> None:
         print(case.name, flush=True)
         results["runs"][case.name] = measure_case(case, arguments.rounds)
         results["environment"] = environment()
+        write_json(RESULTS, results)
+    if arguments.trained:
+        results["trained"] = measure_trained(arguments.trained, arguments.rounds)
         write_json(RESULTS, results)
     draw(results)
 

@@ -115,6 +115,22 @@ def latency_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def trained_table(results: dict[str, Any]) -> str:
+    """Networks of the CamVid recipe with the gates that they were trained to have."""
+    lines = [
+        "| network | compute on this image | fastest dense (ms) | deployed (ms) | speed-up |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in results["trained"].items():
+        dense = min((v for v in run["variants"] if v["dense"]), key=lambda v: v["milliseconds"])
+        (own,) = (v for v in run["variants"] if not v["dense"])
+        lines.append(
+            f"| {name} | {own['fraction']:.3f} | {dense['milliseconds']:.0f} {dense['name']} | "
+            f"{own['milliseconds']:.0f} | {own['speed_up']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 def multipool_table(results: dict[str, Any]) -> str:
     """Per recipe: mean and spread over seeds of each stage."""
     names = {
@@ -169,7 +185,8 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     text = replace_block(text, "camvid-picture", picture)
     coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
     text = replace_block(text, "coverage-table", coverage_page.summary(coverage))
-    latency = latency_table(json.loads(LATENCY.read_text(encoding="utf-8")))
+    timed = json.loads(LATENCY.read_text(encoding="utf-8"))
+    latency = latency_table(timed)
     text = replace_block(text, "latency-table", latency)
     deployment = root / "docs" / "deployment.md"
     deployed = replace_block(
@@ -177,6 +194,7 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         "latency-table",
         latency.replace("; [more](docs/deployment.md)", ""),
     )
+    deployed = replace_block(deployed, "trained-table", trained_table(timed))
     multipool = root / "docs" / "multipool.md"
     pooled = replace_block(
         multipool.read_text(encoding="utf-8"),

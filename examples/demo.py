@@ -25,6 +25,7 @@ from torch import nn
 
 import pag_retrofit as pag
 from pag_retrofit.building import evaluation_data
+from pag_retrofit.latency import compare_latency
 from pag_retrofit.pictures import (
     open_rates_chart,
     prediction_panel,
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console.rule("results on scenes that were not trained on")
     console.print(results_table(results))
+    console.print(clock_table(gated, recipe))
     pictures = draw(gated, recipe, results[gated_stage.name])
     for picture in pictures:
         console.print(f"picture: {picture}", soft_wrap=True)
@@ -99,6 +101,18 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
             f"{final['fraction']:.1%}",
             f"{metrics['seconds']:.0f} s",
         )
+    return table
+
+
+def clock_table(gated: nn.Module, recipe: Recipe) -> Table:
+    """What a scene takes on this machine, dense and deployed, one thread."""
+    image = evaluation_data(recipe)[0]["image"][None]
+    compared = compare_latency(
+        gated, image, densities=(), runtimes=("eager", "channels_last"), backend="auto"
+    )
+    table = Table("on one thread", "milliseconds", "compute")
+    for variant in compared.variants:
+        table.add_row(variant.name, f"{variant.milliseconds:.2f}", f"{variant.fraction:.1%}")
     return table
 
 
