@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint sweep bench latency coverage figures clean
+.PHONY: help setup demo test lint sanitize sweep bench latency coverage figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+
+sanitize: $(STAMP)  ## the tests of the kernels under the address and undefined-behaviour sanitizers
+	PAG_RETROFIT_CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build_ext \
+		--build-lib build/sanitize --build-temp build/sanitize/objects
+	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		PAG_RETROFIT_KERNELS="$$(ls $(CURDIR)/build/sanitize/pag_retrofit/kernels/_kernels*.so)" \
+		$(BIN)/python -m pytest tests/test_kernels.py -p no:cacheprovider
 
 sweep: $(STAMP)  ## the long tests over many networks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m sweep
