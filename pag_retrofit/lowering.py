@@ -9,7 +9,6 @@ convolutions and gates can read their parts.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,14 +35,27 @@ from pag_retrofit.execution import (
     Step,
     Value,
 )
+from pag_retrofit.exported import (
+    activation_of,
+    base_name,
+    is_global_mean,
+    is_pixelwise,
+    is_whole_slice,
+    keeps_type,
+    mean_layout,
+    out_of_place,
+    padding_before,
+    shape_of,
+    spatial_size,
+)
 from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
-from pag_retrofit.locality import ELEMENTWISE, Node, conv_arguments, operator_name, pair
+from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
-_INNER = frozenset(
-    {"permute", "transpose", "flatten", "view", "reshape", "alias", "_to_copy", "to"}
+_VIEWS_OF_MASKS = frozenset(
+    {"permute", "transpose", "flatten", "view", "reshape", "to", "_to_copy"}
 )
 _NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
@@ -199,10 +211,10 @@ class _Lowering:
 
     def _find_aliases(self) -> None:
         for node in self.graph.nodes:
-            name = _name(node)
-            if name in _TRANSPARENT or name.startswith("dropout") or _is_whole_slice(node):
+            name = base_name(node)
+            if name in _TRANSPARENT or name.startswith("dropout") or is_whole_slice(node):
                 self.same[node] = node.args[0]
-            elif name in ("to", "_to_copy") and _same_type(node):
+            elif name in ("to", "_to_copy") and keeps_type(node):
                 self.same[node] = node.args[0]
 
     def real(self, node: Node) -> Node:
@@ -253,7 +265,7 @@ class _Lowering:
 
     def _fold_constant(self, node: Node) -> bool:
         """Compute what depends on parameters alone, once."""
-        if node.op != "call_function" or _name(node) in ("decide",):
+        if node.op != "call_function" or base_name(node) in ("decide",):
             return False
         parents = list(map(self.real, node.all_input_nodes))
         if not parents or not all(parent in self.state.constants for parent in parents):
@@ -264,7 +276,7 @@ class _Lowering:
         return True
 
     def _visit(self, node: Node) -> None:
-        name = _name(node)
+        name = base_name(node)
         handler: Callable[[Node], bool] | None = getattr(self, f"_visit_{name}", None)
         if name in kernels.ACTIVATIONS or name in ("hardtanh", "leaky_relu"):
             handler = self._visit_activation
@@ -291,17 +303,14 @@ class _Lowering:
         values = conv_arguments(node)
         weight = self.constant(node.args[1])
         bias = self.constant(node.args[2]) if len(node.args) > 2 else None
-        shape = _shape(node)
+        shape = shape_of(node)
         if not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
-            return False
-        padding = values["padding"]
-        if isinstance(padding, str):
             return False
         groups = int(values["groups"])
         strides, dilation = pair(values["stride"]), pair(values["dilation"])
         kernel = (int(weight.shape[2]), int(weight.shape[3]))
         sources, size, shift = self._sources(node.args[0], kernel, groups)
-        top, left = pair(padding)
+        top, left = padding_before(node)
         if shift is not None:
             if kernel != (1, 1) or strides != (1, 1) or (top, left) != (0, 0):
                 self.make(self.real(node.args[0]))
@@ -320,7 +329,7 @@ class _Lowering:
     def _visit_linear(self, node: Node) -> bool:
         weight = self.constant(node.args[1])
         bias = self.constant(node.args[2]) if len(node.args) > 2 else None
-        shape = _shape(node)
+        shape = shape_of(node)
         layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
         if layout is None or not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
             return False
@@ -345,9 +354,9 @@ class _Lowering:
         """What a convolution reads, the size of it, and which pixels of that if not all."""
         node = self.real(x)
         virtual = self.state.virtual.get(node)
-        height, width = _shape(node)[2:]
+        height, width = shape_of(node)[2:]
         if isinstance(virtual, _Kept) and not whole:
-            size = _shape(self.nodes[virtual.source.value])[2:]
+            size = shape_of(self.nodes[virtual.source.value])[2:]
             return (virtual.source,), (size[0], size[1]), virtual
         if isinstance(virtual, _Parts) and groups == 1:
             return virtual.sources, (height, width), None
@@ -385,8 +394,8 @@ class _Lowering:
             if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)):
                 continue
             source, factor = self.real(x), self.real(y)
-            shape = _shape(source)
-            if len(shape) != 4 or _shape(factor) != (shape[0], shape[1], 1, 1):
+            shape = shape_of(source)
+            if len(shape) != 4 or shape_of(factor) != (shape[0], shape[1], 1, 1):
                 continue
             if factor in self.state.constants or not self._read_by_kernels(node, scaled=True):
                 continue
@@ -400,7 +409,7 @@ class _Lowering:
     def _read_by_kernels(self, node: Node, scaled: bool = False) -> bool:
         """Whether all that reads a map can read it in parts."""
         for reader in self.readers.get(node, []):
-            name = _name(reader)
+            name = base_name(reader)
             if name == "decide" and not isinstance(self.gates[str(reader.args[1])], BranchSelector):
                 continue
             if name == "cat" and not scaled and self._visit_cat(reader, dry=True):
@@ -410,8 +419,6 @@ class _Lowering:
             if name != "conv2d" or conv_arguments(reader)["groups"] != 1:
                 return False
             if not isinstance(self.constant(reader.args[1]), Tensor):
-                return False
-            if isinstance(conv_arguments(reader)["padding"], str):
                 return False
         return True
 
@@ -431,7 +438,7 @@ class _Lowering:
     def _add_residual(self, node: Node) -> bool:
         operands = [self.real(x) if isinstance(x, fx.Node) else None for x in node.args[:2]]
         a, b = operands
-        if a is None or b is None or a is b or _shape(a) != _shape(b):
+        if a is None or b is None or a is b or shape_of(a) != shape_of(b):
             return False
         candidates = [(n, g) for n in (a, b) if (g := self.group(n, node)) and _can_add(g)]
         if not candidates:
@@ -445,7 +452,7 @@ class _Lowering:
         return self.move(source, node, replace(group, residual=other, residual_after=after))
 
     def _visit_activation(self, node: Node) -> bool:
-        kind = _activation(node)
+        kind = activation_of(node)
         group = self.group(node.args[0], node)
         if kind is None or group is None or group.activation != "none":
             return False
@@ -470,9 +477,7 @@ class _Lowering:
     def mask_value(self, x: Node) -> str:
         """Name of the mask (B, 1, h, w) that a node is another view of."""
         node = self.real(x)
-        while _name(node) in _INNER and _shape(node)[1:2] != (1,) or _name(node) == "permute":
-            node = self.real(node.args[0])
-        while _name(node) in _INNER and _name(self.real(node.args[0])) in ("decide", *_INNER):
+        while base_name(node) in _VIEWS_OF_MASKS:
             node = self.real(node.args[0])
         self.make(node)
         return node.name
@@ -490,7 +495,7 @@ class _Lowering:
 
     def _passed_on(self, node: Node) -> _Group | None:
         """A map as it is, as a group: so that what follows is computed at listed pixels."""
-        shape = _shape(node)
+        shape = shape_of(node)
         virtual = self.state.virtual.get(node)
         source = Source(node.name, {3: "BNC", 4: "BCHW"}.get(len(shape), ""))
         if isinstance(virtual, _Parts) and len(virtual.sources) == 1 and virtual.sources[0].scale:
@@ -514,7 +519,7 @@ class _Lowering:
     def _visit_mix(self, node: Node) -> bool:
         active, bypass = self.real(node.args[0]), self.real(node.args[1])
         mask = self.mask_value(node.args[2])
-        if _name(bypass) == "coarse" and self.real(bypass.args[0]) is active:
+        if base_name(bypass) == "coarse" and self.real(bypass.args[0]) is active:
             group = self.state.groups.get(active)
             readers = self.readers.get(active, [])
             if group is None or not group.is_linear or set(readers) != {bypass, node}:
@@ -539,7 +544,7 @@ class _Lowering:
         return True
 
     def _visit_decide(self, node: Node) -> bool:
-        gate, shape = self.gates[str(node.args[1])], _shape(node)
+        gate, shape = self.gates[str(node.args[1])], shape_of(node)
         source = self.real(node.args[0])
         if isinstance(gate, BranchSelector):
             self.make(source)
@@ -555,7 +560,7 @@ class _Lowering:
         else:
             self.make(source)
             sources = (Source(source.name, gate.layout),)
-        height, width = _spatial(source, gate.layout)
+        height, width = spatial_size(source, gate.layout)
         grid = torch.empty(1, 1, height, width, device="meta")
         size = (shape[2], shape[3])
         ends = [
@@ -574,21 +579,21 @@ class _Lowering:
     def _visit_mask_pool_input(self, node: Node) -> bool:
         """Left to the mean that follows, if it is one."""
         readers = self.readers.get(node, [])
-        if len(readers) != 1 or not _is_global_mean(readers[0]):
+        if len(readers) != 1 or not is_global_mean(readers[0]):
             return False
         users = self.readers.get(readers[0], [])
-        if len(users) != 1 or _name(users[0]) != "renormalize_pool":
+        if len(users) != 1 or base_name(users[0]) != "renormalize_pool":
             return False
         source = self.real(node.args[0])
         self.make(source)
-        layout = "BCHW" if _name(readers[0]) == "adaptive_avg_pool2d" else _mean_layout(readers[0])
+        layout = mean_layout(readers[0])
         mean = users[0]
         self.state.steps.append(
             Average(
                 writes=mean.name,
                 source=Source(source.name, layout),
                 where=Masked(self.mask_value(mean.args[1])),
-                shape=_shape(mean),
+                shape=shape_of(mean),
             )
         )
         self.state.made |= {node, readers[0], mean}
@@ -598,7 +603,7 @@ class _Lowering:
 
     def _visit_upsample_nearest2d(self, node: Node) -> bool:
         source = self.real(node.args[0])
-        low, high = _shape(source)[2:], _shape(node)[2:]
+        low, high = shape_of(source)[2:], shape_of(node)[2:]
         factor = high[0] // max(low[0], 1)
         doubled = factor > 1 and factor & (factor - 1) == 0
         if not doubled or high != (low[0] * factor, low[1] * factor):
@@ -611,7 +616,7 @@ class _Lowering:
 
     def _visit_cat(self, node: Node, dry: bool = False) -> bool:
         axis = node.args[1] if len(node.args) > 1 else 0
-        shapes = [_shape(x) for x in node.args[0]]
+        shapes = [shape_of(x) for x in node.args[0]]
         if len(shapes[0]) != 4 or axis not in (1, -3) or len(shapes) > _MOST_SOURCES:
             return False
         if not self._read_by_kernels(node):
@@ -636,10 +641,10 @@ class _Lowering:
         source = self.real(node.args[0])
         given = [*node.args[1:]]
         axis, start, _, step = given + [0, None, None, 1][len(given) :]
-        shape = _shape(source)
+        shape = shape_of(source)
         if len(shape) != 4 or axis not in (2, 3):
             return False
-        if self.state.groups.get(source) is not None or _name(source) == "decide":
+        if self.state.groups.get(source) is not None or base_name(source) == "decide":
             return False
         kept = self.state.virtual.get(source)
         if not isinstance(kept, _Kept):
@@ -657,7 +662,7 @@ class _Lowering:
     # --- everything else ------------------------------------------------------------------
 
     def _visit_layer_norm(self, node: Node) -> bool:
-        source, shape = self.real(node.args[0]), _shape(node)
+        source, shape = self.real(node.args[0]), shape_of(node)
         layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
         if layout is None or len(node.args[1]) != 1:
             return False
@@ -707,20 +712,20 @@ class _Lowering:
         maps = tuple(
             parent.name
             for parent in parents
-            if _pixelwise(node) and _shape(parent)[-2:] == _shape(node)[-2:]
+            if is_pixelwise(node) and shape_of(parent)[-2:] == shape_of(node)[-2:]
         )
         self.state.steps.append(
             Call(
                 writes=node.name,
-                function=_out_of_place(node),
+                function=out_of_place(node),
                 arguments=arguments,
                 keywords=dict(keywords),
                 pixelwise=maps,
             )
         )
         self.state.made.add(node)
-        if _name(node) in _NOT_NEGATIVE or (
-            _name(node) in _KEEPS_SIGN and all(p in self.not_negative for p in parents)
+        if base_name(node) in _NOT_NEGATIVE or (
+            base_name(node) in _KEEPS_SIGN and all(p in self.not_negative for p in parents)
         ):
             self.not_negative.add(node)
 
@@ -805,34 +810,6 @@ def _can_add(group: _Group) -> bool:
     return group.residual is None and not group.coarse
 
 
-def _name(node: Node) -> str:
-    """Operator, in place or not."""
-    if node.target is operator.getitem:
-        return "getitem"
-    return operator_name(node).removesuffix("_")
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
-
-
-def _spatial(node: Node, layout: str) -> tuple[int, int]:
-    shape = _shape(node)
-    if layout == "BNC":
-        return shape[1], 1
-    return (shape[2], shape[3]) if layout == "BCHW" else (shape[1], shape[2])
-
-
-def _is_whole_slice(node: Node) -> bool:
-    return _name(node) == "slice" and _shape(node) == _shape(node.args[0])
-
-
-def _same_type(node: Node) -> bool:
-    before, after = node.args[0].meta["val"], node.meta["val"]
-    return before.dtype == after.dtype and before.device == after.device
-
-
 def _per_channel(factor: Any, group: _Group) -> Tensor | None:
     """A constant as one number per channel of a group, if it is constant over its pixels."""
     channels = group.rows[3]
@@ -848,49 +825,3 @@ def _per_channel(factor: Any, group: _Group) -> Tensor | None:
     if shape[axis] not in (1, channels):
         return None
     return factor.float().reshape(-1).expand(channels).contiguous()
-
-
-def _activation(node: Node) -> tuple[str, float] | None:
-    """Name of a kernel's activation, and its slope."""
-    name = _name(node)
-    if name == "hardtanh":
-        bounds = tuple(float(x) for x in node.args[1:3])
-        return ("relu6", 0.01) if bounds == (0.0, 6.0) else None
-    if name == "leaky_relu":
-        slope = float(node.args[1]) if len(node.args) > 1 else 0.01
-        return "leaky_relu", slope
-    if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
-        return "gelu_tanh", 0.01
-    return (name, 0.01) if name in kernels.ACTIVATIONS else None
-
-
-def _is_global_mean(node: Node) -> bool:
-    name = _name(node)
-    if name == "adaptive_avg_pool2d":
-        return pair(node.args[1]) == (1, 1)
-    return name == "mean" and len(node.args) > 1 and _mean_layout(node) != ""
-
-
-def _mean_layout(node: Node) -> str:
-    shape = _shape(node.args[0])
-    if not shape or not isinstance(node.args[1], list | tuple):
-        return ""
-    axes = tuple(sorted(int(d) % len(shape) for d in node.args[1]))
-    return {(4, (2, 3)): "BCHW", (4, (1, 2)): "BHWC", (3, (1,)): "BNC"}.get((len(shape), axes), "")
-
-
-def _pixelwise(node: Node) -> bool:
-    return _name(node) in {name.removesuffix("_") for name in ELEMENTWISE} | {"batch_norm"}
-
-
-def _out_of_place(node: Node) -> Callable[..., Any]:
-    """The operator itself, or the one that does the same but not in place, on any strides."""
-    target = node.target
-    name = operator_name(node)
-    if name in ("view", "_unsafe_view"):  # strides may differ from those at export
-        return torch.ops.aten.reshape.default
-    if not name.endswith("_") or name.startswith("_"):
-        return target
-    packet = getattr(torch.ops.aten, name.removesuffix("_"))
-    function: Callable[..., Any] = getattr(packet, target._overloadname)
-    return function
