@@ -150,8 +150,8 @@ class Demands:
     def _masked(self, demand: Masked) -> Tensor:
         mask: Tensor = self.values[demand.mask]
         if mask.dtype is not torch.bool:
-            mask = mask != 0
-        return mask if demand.wanted else ~mask
+            mask = kernels.is_open(mask)
+        return mask if demand.wanted else kernels.combine(mask, None, "not")
 
     def _grid(self, demand: Grid) -> Tensor:
         mask: Tensor = self.values[demand.mask]
@@ -160,10 +160,10 @@ class Demands:
         return grid
 
     def _both(self, demand: Both) -> Tensor:
-        return self.map(demand.first) & self.map(demand.second)
+        return kernels.combine(self.map(demand.first), self.map(demand.second), "and")
 
     def _either(self, demand: Either) -> Tensor:
-        return self.map(demand.first) | self.map(demand.second)
+        return kernels.combine(self.map(demand.first), self.map(demand.second), "or")
 
     def _read(self, demand: Read) -> Tensor:
         return kernels.needed_inputs(self.map(demand.by), demand.window, demand.size)

@@ -46,6 +46,7 @@ class DeployedNetwork(nn.Module):
         self.__dict__["_programs"] = OrderedDict()
         self.__dict__["_lock"] = threading.Lock()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run; arguments and results are those of the gated network in evaluation mode.

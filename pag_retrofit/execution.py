@@ -40,7 +40,8 @@ class Memory:
         try:
             return self._free[floats].pop()
         except (KeyError, IndexError):
-            return torch.empty(floats)
+            flat: Tensor = kernels.backend().empty(floats)
+            return flat
 
     def give(self, flat: Tensor) -> None:
         """Give memory back that nothing looks into any more."""
@@ -66,6 +67,15 @@ class Values(dict[str, Any]):
         flat = self.taken[name] = self.memory.take(math.prod(shape))
         return flat.view(*shape)
 
+    def hold(self, name: str, x: Tensor) -> Tensor:
+        """A copy of a value in this memory, where it can be."""
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        rows = x.permute(0, 2, 3, 1) if last else x
+        if x.dtype is not torch.float32 or not rows.is_contiguous():
+            return x
+        held = self.allocate(name, rows.shape).copy_(rows)
+        return held.permute(0, 3, 1, 2) if last else held
+
 
 class Source(NamedTuple):
     """One of the maps whose channels a convolution reads.
@@ -89,7 +99,7 @@ def as_rows(x: Tensor, layout: str) -> Tensor:
         x = x.permute(0, 2, 3, 1)
     elif layout == "BNC":
         x = x.unsqueeze(2)
-    return x if x.is_contiguous() else x.contiguous()
+    return kernels.contiguous(x)
 
 
 def from_rows(rows: Tensor, layout: str) -> Tensor:
@@ -169,9 +179,9 @@ class Allocate(Step):
         else:
             rows = values.allocate(self.writes, self.buffer.shape)
             if self.copied:
-                rows.copy_(as_rows(values[self.copied], self.copied_layout))
+                kernels.copy(rows, as_rows(values[self.copied], self.copied_layout))
             elif self.zero:
-                rows.zero_()
+                kernels.copy(rows, None)
         values[self.writes] = from_rows(rows, self.buffer.layout)
 
 
@@ -225,7 +235,7 @@ class Convolve(Step):
         """Convolve."""
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
         name, residual = self.sources[0].scale, self.residual
-        scale = values[name].reshape(len(maps[0]), -1).contiguous() if name else None
+        scale = kernels.contiguous(values[name]).view(len(maps[0]), -1) if name else None
         grouped = self.layer.groups > 1  # one channel each: scaled before or after is the same
         epilogue = kernels.Epilogue(
             residual=as_rows(values[residual.value], residual.layout) if residual else None,
@@ -275,7 +285,9 @@ class Activate(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Apply it."""
-        self.function(values[self.writes])
+        x = values[self.writes]
+        self.function(x)
+        _repeat(lambda: self.function(x))
 
 
 @dataclass(kw_only=True)
@@ -370,22 +382,64 @@ class Decide(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Decide."""
-        override = self.gate.override
-        if override is None:
-            values[self.writes] = self._own(values)
-            return
+        tape = kernels.recording()
+        if tape is not None:
+            values[self.writes] = self._record(tape, values)
+        elif self.gate.override is not None:
+            values[self.writes] = self._from(self.gate.override)
+        else:
+            values[self.writes] = self._own(values, *self._parameters())
+
+    def _record(self, tape: kernels.Tape, values: Values) -> Tensor:
+        """The mask, which replays decide anew: by the gate, or as made up at that time."""
+        weight, bias = self._parameters()
+        before = tape.last
+        mask = self._own(values, weight, bias)
+        call = tape.last if tape.last > before else None
+        if call is None:  # by operators of torch
+            held = {name: values[name] for name in self.reads()}
+            tape.then(lambda: self.gate.override or mask.copy_(self._own(held, weight, bias)))
+        shown: list[Any] = [None, self._versions()]
+
+        def refresh() -> None:
+            override, versions = self.gate.override, self._versions()
+            if call is not None:
+                tape.enable(call, override is None)
+            if override is not None and override != shown[0]:
+                mask.copy_(self._from(override))
+            if override is None and versions != shown[1]:
+                for held, new in zip((weight, bias), self._parameters(), strict=True):
+                    held.copy_(new)
+                shown[1] = versions
+            shown[0] = override
+
+        refresh()
+        tape.first(refresh)
+        return mask
+
+    def _from(self, override: MaskOverride) -> Tensor:
+        """A made-up mask."""
         made_up = self._made_up.get(override)
         if made_up is None:
             made_up = override.mask(torch.empty(self.shape)).bool()
             if len(self._made_up) >= _MOST_MADE_UP:
                 self._made_up.clear()
             self._made_up[override] = made_up
-        values[self.writes] = made_up
+        return made_up
 
-    def _own(self, values: Values) -> Tensor:
-        gate, stride = self.gate, self.gate.cost.stride
-        weight = gate.weight.flatten() * gate.scale
-        bias = gate.bias + gate.offset
+    def _parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight (C,) and bias (1,) of the logit."""
+        gate = self.gate
+        return gate.weight.flatten() * gate.scale, gate.bias + gate.offset
+
+    def _versions(self) -> tuple[float, ...]:
+        """Different after a parameter has changed or was replaced."""
+        gate = self.gate
+        tensors = (gate.weight, gate.bias, gate.offset)
+        return (gate.scale, *(number for x in tensors for number in (id(x), x._version)))
+
+    def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor) -> Tensor:
+        stride = self.gate.cost.stride
         first = self.sources[0]
         if len(self.sources) == 1 and first.upsampling == 1 and not first.scale:
             rows = as_rows(values[first.value], first.layout)
@@ -404,7 +458,7 @@ class Decide(Step):
         return (kept[:, : self.shape[2], : self.shape[3]] >= 0).unsqueeze(1)
 
 
-def _logits(rows: Tensor, weight: Tensor, source: Source, values: Values) -> Tensor:
+def _logits(rows: Tensor, weight: Tensor, source: Source, values: Mapping[str, Any]) -> Tensor:
     """A source's share of the logits, (B, H, W) at full resolution."""
     batch, height, width, channels = rows.shape
     if source.scale:
@@ -437,7 +491,9 @@ class Choose(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Choose."""
-        values[self.writes] = self.selector(values[self.source.value])
+        x = values[self.source.value]
+        chosen = values[self.writes] = self.selector(x)
+        _repeat(lambda: chosen.copy_(self.selector(x)))
 
 
 @dataclass(kw_only=True)
@@ -484,9 +540,44 @@ class Call(Step):
                 return type(x)(map(filled, x))
             return x
 
-        values[self.writes] = self.function(
-            *map(filled, self.arguments), **{k: filled(v) for k, v in self.keywords.items()}
-        )
+        arguments = tuple(map(filled, self.arguments))
+        keywords = {k: filled(v) for k, v in self.keywords.items()}
+        result = self.function(*arguments, **keywords)
+        if kernels.recording() is not None:
+            result = self._record(values, arguments, keywords, result)
+        values[self.writes] = result
+
+    def _record(
+        self, values: Values, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any
+    ) -> Any:
+        """Give the result memory of its own, which replays fill; a view has it already."""
+        read = {x.untyped_storage().data_ptr() for x in _tensors((arguments, keywords))}
+        leaves = _tensors(result)
+        if self.gives_a_view and all(x.untyped_storage().data_ptr() in read for x in leaves):
+            return result
+        if isinstance(result, Tensor):
+            result = values.hold(self.writes, result)
+            leaves = [result]
+
+        def again() -> None:
+            for held, new in zip(
+                leaves, _tensors(self.function(*arguments, **keywords)), strict=True
+            ):
+                held.copy_(new)
+
+        _repeat(again)
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _repeat(function: Callable[[], Any]) -> None:
+    """Have replays call a function at this point."""
+    tape = kernels.recording()
+    if tape is not None:
+        tape.then(function)
 
 
 class Value(NamedTuple):
@@ -497,6 +588,36 @@ class Value(NamedTuple):
 
 def _is_value(x: Any) -> bool:
     return isinstance(x, Value)
+
+
+class _Recording:
+    """A forward pass whose inputs, maps and results stay where they are.
+
+    Args:
+        steps: Called with inputs and memory, gives the results.
+        arguments: Inputs.
+    """
+
+    def __init__(
+        self, steps: Callable[[Sequence[Any], Memory], list[Any]], arguments: Sequence[Any]
+    ):
+        """Pass forward, and record that."""
+        self._inputs = [_own_copy(x) for x in arguments]
+        self._tape = kernels.Tape()
+        with kernels.record_on(self._tape):
+            self.results = steps(self._inputs, Memory())
+
+    def repeat(self, arguments: Sequence[Any]) -> None:
+        """Pass forward with other inputs."""
+        for held, new in zip(self._inputs, arguments, strict=True):
+            held.copy_(new)
+        kernels.replay(self._tape)
+
+
+def _own_copy(x: Tensor) -> Tensor:
+    """A copy whose channels are last in memory."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return x.clone(memory_format=layout)
 
 
 class Program:
@@ -527,6 +648,7 @@ class Program:
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
         self._memory = Memory()
+        self._recorded: list[_Recording] = []  # those that no thread is in
         self.free = self._releases(last, kept)
         self.dead: list[list[str]] = [[] for _ in self.steps]
         for name, index in last.items():
@@ -534,9 +656,22 @@ class Program:
                 self.dead[index].append(name)
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
-        """One forward pass."""
+        """One forward pass: recorded, or a replay of one that was."""
+        if not kernels.can_record():
+            return self._steps(arguments, self._memory)
+        try:
+            recorded = self._recorded.pop()
+        except IndexError:
+            recorded = _Recording(self._steps, arguments)
+        else:
+            recorded.repeat(arguments)
+        results = [x.clone() if isinstance(x, Tensor) else x for x in recorded.results]
+        self._recorded.append(recorded)
+        return results
+
+    def _steps(self, arguments: Sequence[Any], memory: Memory) -> list[Any]:
         given = dict(zip(self.inputs, arguments, strict=True))
-        values = Values({**self.constants, **given}, self._memory)
+        values = Values({**self.constants, **given}, memory)
         demands = Demands(values)
         for step, demanded, dead, free in zip(
             self.steps, self.demanded, self.dead, self.free, strict=True
@@ -545,7 +680,8 @@ class Program:
             for name in dead:
                 del values[name]
             for name in free:
-                self._memory.give(values.taken[name])
+                if name in values.taken:
+                    memory.give(values.taken[name])
         return [values[o.name] if isinstance(o, Value) else o for o in self.outputs]
 
     def _demands(self) -> list[Demand]:
@@ -582,8 +718,10 @@ class Program:
                 owners[step.writes] = {step.writes}
             elif isinstance(step, Allocate):
                 owners[step.writes] = owners[step.copied]
-            elif isinstance(step, Call) and step.gives_a_view:
-                owners[step.writes] = {o for name in step.reads() for o in owners.get(name, ())}
+            elif isinstance(step, Call):
+                owners[step.writes] = {step.writes}
+                if step.gives_a_view:
+                    owners[step.writes] |= {o for n in step.reads() for o in owners.get(n, ())}
         ends: dict[str, int] = {}
         for name, own in owners.items():
             end = len(self.steps) if name in kept else last[name]

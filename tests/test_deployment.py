@@ -221,6 +221,46 @@ def test_copies_work(deployed: nn.Module) -> None:
     assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
 
 
+def replayed() -> dict[str, nn.Module]:
+    """Networks with gates on maps that are never made, selectors, and operators of torch."""
+    unet = smp.Unet("resnet18", encoder_weights=None, decoder_attention_type="scse", classes=3)
+    return {
+        "attention": gate_all(randomize(unet)),
+        "convnext": gate_all(randomize(timm.create_model("convnext_atto", depths=ONE_EACH))),
+        "multipool": multipool(identity=True, shared=False),
+    }
+
+
+@pytest.mark.parametrize("name", ["attention", "convnext", "multipool"])
+@torch.no_grad()
+def test_later_passes_are_like_the_first(name: str) -> None:
+    """The first pass records what later ones repeat: they must follow inputs, masks and gates."""
+    gated = replayed()[name]
+    for _, gate in named_gates(gated):
+        for parameter in gate.parameters():
+            parameter.normal_()
+    deployed = pag.deploy(gated)
+
+    def check(x: Tensor) -> Tensor:
+        result: Tensor = deployed(x)
+        assert torch.equal(result, pag.deploy(deployed.gated)(x))
+        return result
+
+    seen = [check(torch.randn(SHAPE)) for _ in range(2)]
+    x = torch.randn(SHAPE)
+    for density in (0.3, 0.7):
+        with pag.override_gates(deployed, density):
+            seen.append(check(x))
+    seen.append(check(x))
+    for _, gate in named_gates(deployed):
+        for parameter in gate.parameters():
+            parameter.mul_(-1)
+    seen.append(check(x))
+    with torch.inference_mode():
+        assert torch.equal(deployed(x), seen[-1])
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
 @torch.no_grad()
 def test_budgets_can_be_set_on_it() -> None:
     gated = gate_all(randomize(CustomNet()))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pag_retrofit.kernels.arguments import ACTIVATIONS
-from pag_retrofit.kernels.native import instruction_set, use_instruction_set
-from pag_retrofit.kernels.operators import backend, using
+from pag_retrofit.kernels.native import instruction_set, replay, use_instruction_set
+from pag_retrofit.kernels.operators import backend, can_record, using
 from pag_retrofit.kernels.perforated import (
     Epilogue,
     PerforatedConvolution,
     PixelList,
+    combine,
+    copy,
     gate_mask,
     interpolate,
     layer_norm,
@@ -16,20 +18,30 @@ from pag_retrofit.kernels.perforated import (
     masked_mean,
     needed_inputs,
 )
+from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, recording
 
 __all__ = [
     "ACTIVATIONS",
     "Epilogue",
     "PerforatedConvolution",
     "PixelList",
+    "Tape",
     "backend",
+    "can_record",
+    "combine",
+    "contiguous",
+    "copy",
     "gate_mask",
     "instruction_set",
     "interpolate",
+    "is_open",
     "layer_norm",
     "list_pixels",
     "masked_mean",
     "needed_inputs",
+    "record_on",
+    "recording",
+    "replay",
     "use_instruction_set",
     "using",
 ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from struct import Struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ from pag_retrofit.kernels.arguments import (
     bad_list,
     pixel_stride,
 )
+from pag_retrofit.kernels.tape import Tape, contiguous, is_open, recording
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "PAG_RETROFIT_INSTRUCTION_SET"
 LIBRARY_VARIABLE = "PAG_RETROFIT_KERNELS"  # path of a library to load in place of the built one
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _NO_MEMORY = 3  # of pag_status; 1 and 2 are faults of a list
+_NO_SCRATCH = "the native kernels got no memory for their scratch space"
 _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 
 
@@ -41,22 +44,25 @@ _CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "Pq")
 _GATE = Struct("6i 4i Pq3P")
-_WINDOW = Struct("8i")
+_LISTING = Struct("P2q2P")
+_READING = Struct("6i8i2P")
+_COMBINATION = Struct("3P2q")
+_COPY = Struct("2Pq")
+_CALL = Struct("qP")
+_LARGE = 1 << 20  # bytes from which on large pages are worth asking for
+
+# Of pag_kind.
+_CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE, _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES = (
+    range(1, 10)
+)
+OPERATIONS = ("and", "or", "not")  # of pag_operation
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pag_instruction_set": (c_char_p, []),
     "pag_use_instruction_set": (c_int, [c_char_p]),
     "pag_use_openmp": (None, [c_void_p]),
-    "pag_convolve": (c_int, [c_char_p, c_int]),
-    "pag_layer_norm": (c_int, [c_char_p, c_int]),
-    "pag_mean": (c_int, [c_char_p, c_int]),
-    "pag_interpolate": (c_int, [c_char_p, c_int]),
-    "pag_decide": (c_int, [c_char_p, c_int]),
-    "pag_list_pixels": (c_int64, [c_void_p, c_int64, c_int, c_void_p]),
-    "pag_needed_inputs": (
-        None,
-        [c_void_p, c_int32, c_int32, c_int32, c_char_p, c_void_p, c_int32, c_int32],
-    ),
+    "pag_run": (c_int, [c_void_p, c_int64, c_int]),
+    "pag_use_large_pages": (None, [c_void_p, c_int64]),
 }
 
 
@@ -122,6 +128,40 @@ def _use(loaded: ctypes.CDLL, name: str) -> None:
         )
 
 
+def _call(kind: int, packed: bytes, *kept: Any) -> int:
+    """Run a kernel, and record that; its status."""
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    call = _CALL.pack(kind, ctypes.addressof(buffer))
+    status: int = library().pag_run(call, 1, torch.get_num_threads())
+    tape = recording()
+    if tape is not None:
+        tape.record(kind, packed, kept)
+    return status
+
+
+def replay(tape: Tape) -> None:
+    """Do again what was recorded.
+
+    Raises:
+        MemoryError: There is no memory for scratch space.
+    """
+    run, threads = library().pag_run, torch.get_num_threads()
+
+    def checked(address: int, count: int) -> None:
+        if run(address, count, threads):
+            raise MemoryError(_NO_SCRATCH)
+
+    tape.replay(checked)
+
+
+def empty(floats: int) -> Tensor:
+    """Flat memory for a map, uninitialised."""
+    flat = torch.empty(floats)
+    if floats * flat.element_size() >= _LARGE:
+        library().pag_use_large_pages(flat.data_ptr(), floats * flat.element_size())
+    return flat
+
+
 def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels; see the arguments."""
     batch, out_height, out_width, out_channels = a.out.shape
@@ -137,7 +177,7 @@ def convolution(a: ConvolutionArguments) -> None:
     if a.residual is not None:
         residual, residual_stride = _map(a.residual)
     dense = batch * out_height * out_width
-    call = _CONVOLUTION.pack(
+    packed = _CONVOLUTION.pack(
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
@@ -146,7 +186,7 @@ def convolution(a: ConvolutionArguments) -> None:
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
         residual, residual_stride, out, out_stride,
     )  # fmt: skip
-    status = library().pag_convolve(call, torch.get_num_threads())
+    status = _call(_CONVOLVE, packed, a)
     if status:
         raise _error(status, a.pixels, a.length, dense)
 
@@ -161,8 +201,9 @@ def layer_norm(
     epsilon: float,
 ) -> None:
     """Layer norm over the channels of listed pixels of `x` (B, H, W, C) into `out`, or in place."""
-    call = _pack_rows(x, pixels, length, (*_map(out), _address(weight), _address(bias), epsilon))
-    status = library().pag_layer_norm(call, torch.get_num_threads())
+    rest = (*_map(out), _address(weight), _address(bias), epsilon)
+    packed = _pack_rows(x, pixels, length, rest)
+    status = _call(_LAYER_NORM, packed, out, x, pixels, length, weight, bias)
     if status:
         raise _error(status, pixels, length, x.shape[:3].numel())
 
@@ -170,8 +211,8 @@ def layer_norm(
 def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
     """Mean (B, C) of `x` (B, H, W, C) over each image's listed pixels; zero over none."""
     out = x.new_empty(x.shape[0], x.shape[3])
-    call = _pack_rows(x, pixels, length, (out.data_ptr(), 0, 0, 0, 0.0))
-    status = library().pag_mean(call, torch.get_num_threads())
+    packed = _pack_rows(x, pixels, length, (out.data_ptr(), 0, 0, 0, 0.0))
+    status = _call(_MEAN, packed, out, x, pixels, length)
     if status:
         raise _error(status, pixels, length, x.shape[:3].numel())
     return out
@@ -180,8 +221,8 @@ def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tens
 def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
     """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, in place."""
     dense = x.shape[:3].numel()
-    call = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x))
-    status = library().pag_interpolate(call, torch.get_num_threads())
+    packed = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x))
+    status = _call(_INTERPOLATE, packed, x, pixels, length)
     if status:
         raise _error(status, pixels, length, dense)
 
@@ -197,11 +238,11 @@ def gate(
     """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
     batch, height, width, channels = x.shape
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
-    call = _GATE.pack(
+    packed = _GATE.pack(
         batch, height, width, *size, channels, *stride, *offset,
         *_map(x), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
     )  # fmt: skip
-    library().pag_decide(call, torch.get_num_threads())
+    _call(_DECIDE, packed, x, weight, bias, mask)
     return mask
 
 
@@ -209,8 +250,12 @@ def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
     mask = _bytes(mask)
     pixels = torch.empty(mask.numel(), dtype=torch.int32)
-    found = library().pag_list_pixels(mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr())
-    return pixels, torch.tensor([found], dtype=torch.int32)
+    found = torch.empty(1, dtype=torch.int32)
+    packed = _LISTING.pack(
+        mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr(), found.data_ptr()
+    )
+    _call(_LIST_PIXELS, packed, mask, pixels, found)
+    return pixels, found
 
 
 def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
@@ -218,10 +263,30 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
     mask = _bytes(mask)
     batch, _, height, width = mask.shape
     needed = torch.empty(batch, 1, *size, dtype=torch.bool)
-    library().pag_needed_inputs(
-        mask.data_ptr(), batch, height, width, _WINDOW.pack(*window), needed.data_ptr(), *size
+    packed = _READING.pack(
+        batch, height, width, *size, 0, *window, mask.data_ptr(), needed.data_ptr()
     )
+    _call(_READ, packed, mask, needed)
     return needed
+
+
+def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
+    """One of `OPERATIONS` on bool masks; `second` is None for "not"."""
+    first = contiguous(first)
+    second = first if second is None else contiguous(second)
+    result = torch.empty_like(first)
+    packed = _COMBINATION.pack(
+        first.data_ptr(), second.data_ptr(), result.data_ptr(), first.numel(),
+        OPERATIONS.index(operation),
+    )  # fmt: skip
+    _call(_COMBINE, packed, first, second, result)
+    return result
+
+
+def copy(out: Tensor, x: Tensor | None) -> None:
+    """Copy a contiguous map into another one of its size, or fill that with zeros."""
+    packed = _COPY.pack(out.data_ptr(), _address(x), out.numel() * out.element_size())
+    _call(_COPY_BYTES, packed, out, x)
 
 
 def _pack_rows(
@@ -236,7 +301,7 @@ def _pack_rows(
 
 def _bytes(mask: Tensor) -> Tensor:
     """A mask as contiguous bytes, of which only zero and not zero matter."""
-    return (mask if mask.dtype is torch.bool else mask != 0).contiguous()
+    return contiguous(mask if mask.dtype is torch.bool else is_open(mask))
 
 
 def _map(x: Tensor) -> tuple[int, int]:
@@ -258,5 +323,5 @@ def _error(
     status: int, pixels: Tensor | None, length: Tensor | None, dense: int
 ) -> PagError | MemoryError:
     if status == _NO_MEMORY:
-        return MemoryError("the native kernels got no memory for their scratch space")
+        return MemoryError(_NO_SCRATCH)
     return bad_list(pixels, length, dense)

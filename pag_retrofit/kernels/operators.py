@@ -89,6 +89,15 @@ def _best_backend() -> ModuleType:
     return native
 
 
+def can_record() -> bool:
+    """Whether a forward pass may be recorded: native kernels, and nobody looks at operators."""
+    return backend() is native and not _watched()
+
+
+def _watched() -> bool:
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
 @torch.library.impl(_LIBRARY, "convolution", "CPU")
 def _convolution(*arguments: Any) -> None:
     checked = ConvolutionArguments(*arguments)
@@ -106,8 +115,7 @@ def convolve(*arguments: Any, checked: bool = False) -> None:
     if checked:
         backend().convolution(ConvolutionArguments(*arguments))
         return
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    if watched or type(arguments[0]) is not Tensor:
+    if _watched() or type(arguments[0]) is not Tensor:
         torch.ops.pag_retrofit.convolution(*arguments)
     else:
         _convolution(*arguments)

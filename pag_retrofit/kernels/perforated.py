@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
 from pag_retrofit.kernels.arguments import ACTIVATIONS
-from pag_retrofit.kernels.operators import convolve
+from pag_retrofit.kernels.operators import backend, convolve
 from pag_retrofit.kernels.packing import pack_weight
 
 _OPS = torch.ops.pag_retrofit
@@ -275,3 +275,20 @@ def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor
     flat = [number for pair in window[:4] for number in pair]
     result: Tensor = _OPS.needed_inputs(mask, flat, list(size))
     return result
+
+
+def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
+    """Combine two bool masks of one shape.
+
+    Args:
+        first: A mask.
+        second: Another one; None for "not".
+        operation: `"and"`, `"or"` or `"not"`.
+    """
+    result: Tensor = backend().combine(first, second, operation)
+    return result
+
+
+def copy(out: Tensor, x: Tensor | None) -> None:
+    """Copy a contiguous float32 map into another one of its size, or fill that with zeros."""
+    backend().copy(out, x)

@@ -116,6 +116,26 @@ def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) 
     )
 
 
+def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
+    """`first` "and" `second`, `first` "or" `second`, or "not" `first`: bool masks."""
+    if second is None:
+        return ~first
+    return first & second if operation == "and" else first | second
+
+
+def copy(out: Tensor, x: Tensor | None) -> None:
+    """Copy a map into another one of its size, or fill that with zeros."""
+    if x is None:
+        out.zero_()
+    else:
+        out.copy_(x)
+
+
+def empty(floats: int) -> Tensor:
+    """Flat memory for a map, uninitialised."""
+    return torch.empty(floats)
+
+
 def _listed(pixels: Tensor | None, length: Tensor | None, dense: int) -> Tensor:
     if pixels is None:
         return torch.arange(dense)

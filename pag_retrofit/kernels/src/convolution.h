@@ -296,6 +296,86 @@ PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Ep
   }
 }
 
+// --- runs ------------------------------------------------------------------------------------
+//
+// With few output channels the inner loop is bound by loading the input. Where the pixels of a tile
+// lie side by side, each input pixel is loaded once for all three taps of a row of the kernel.
+
+constexpr int RUN_TAPS = 3;
+constexpr bool RUNS = LANES == 16;  // with fewer registers there is nothing to win
+
+// rows: (kernel rows, sources, PIXELS + 2), the input pixels below and beside the run.
+template <int PIXELS>
+PAG_OUTLINE void multiply_run(const pag_plan& plan, const float* const* rows, const Epilogue& e) {
+  const pag_convolution& call = *plan.call;
+  constexpr int SEEN = PIXELS + RUN_TAPS - 1;
+  const int64_t tap = (int64_t)call.channels * LANES;
+  Vector sums[PIXELS][1], start = {};
+  if (e.bias) start = load_up_to(e.bias, call.out_channels);
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++) sums[i][0] = start;
+  const float* weights = call.weights;
+  for (int ky = 0; ky < call.kernel[0]; ky++, weights += (RUN_TAPS - 1) * tap)
+    for (int s = 0; s < call.source_count; s++, rows += SEEN) {
+      const int64_t length = call.sources[s].channels;
+      for (int64_t k = 0; k < length; k++, weights += LANES) {
+        Vector w[RUN_TAPS];
+        PAG_UNROLL
+        for (int t = 0; t < RUN_TAPS; t++) w[t] = load(weights + t * tap);
+        PAG_UNROLL
+        for (int i = 0; i < SEEN; i++) {
+          Vector x = broadcast(rows[i][k]);
+          PAG_ONE_REGISTER(x);
+          PAG_UNROLL
+          for (int t = 0; t < RUN_TAPS; t++)
+            if (i >= t && i - t < PIXELS) sums[i - t][0] += x * w[t];
+        }
+      }
+    }
+  finish_tile<PIXELS, 1>(e, sums, 0, call.out_channels);
+}
+
+template <int PIXELS>
+PAG_INLINE void multiply_runs(int pixels, const pag_plan& plan, const float* const* rows,
+                              const Epilogue& e) {
+  if constexpr (PIXELS > 0) {
+    if (pixels == PIXELS)
+      multiply_run<PIXELS>(plan, rows, e);
+    else
+      multiply_runs<PIXELS - 1>(pixels, plan, rows, e);
+  }
+}
+
+PAG_INLINE bool takes_runs(const pag_plan& plan) {
+  const pag_convolution& call = *plan.call;
+  return RUNS && call.out_channels <= LANES && call.groups == 1 && !plan.gathered &&
+         call.kernel[1] == RUN_TAPS && call.stride[1] == 1 && call.dilation[1] == 1;
+}
+
+// Whether the pixels at [begin, begin + pixels) of the list lie side by side in one row.
+PAG_INLINE bool is_run(const pag_convolution& call, int64_t begin, int pixels, const Pixel& first) {
+  bool result = first.x + call.padding[1] + pixels <= call.out_width;
+  for (int i = 1; i < pixels; i++) result &= index_at(call.list, begin + i) == first.index + i;
+  return result;
+}
+
+PAG_INLINE void find_run(const pag_plan& plan, const pag_scratch& scratch, const Pixel& first,
+                         int pixels) {
+  const pag_convolution& call = *plan.call;
+  const int seen = pixels + RUN_TAPS - 1;
+  const float** rows = scratch.rows;
+  for (int ky = 0; ky < call.kernel[0]; ky++) {
+    const int y = first.y + ky * call.dilation[0];
+    const bool row_inside = (uint32_t)y < (uint32_t)call.height;
+    for (int s = 0; s < call.source_count; s++, rows += seen)
+      for (int i = 0; i < seen; i++) {
+        const int x = first.x + i;
+        const bool inside = row_inside && (uint32_t)x < (uint32_t)call.width;
+        rows[i] = inside ? row_of(call.sources[s], first.image, y, x) : scratch.zeros;
+      }
+  }
+}
+
 // Where the taps of a tile of a depthwise convolution are: at one distance from each pixel's first
 // tap where all are inside the input, which saves loading a pointer per tap and pixel.
 struct InsideTaps {
@@ -429,12 +509,21 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
   const float* gathered[MAX_TILE];
   for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
+  const bool runs = takes_runs(plan);
   Epilogue e;
   start_epilogue(call, e);
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-    const int64_t begin = tile_start(plan, tile);
-    const TileRows rows = find_rows(plan, *scratch, begin, tile_start(plan, tile + 1));
-    aim_epilogue(plan, begin, rows.pixels, e);
+    const int64_t begin = tile_start(plan, tile), end = tile_start(plan, tile + 1);
+    aim_epilogue(plan, begin, (int)(end - begin), e);
+    if (runs) {
+      const Pixel first = pixel_at(plan, begin);
+      if (is_run(call, begin, (int)(end - begin), first)) {
+        find_run(plan, *scratch, first, (int)(end - begin));
+        multiply_runs<TILE>((int)(end - begin), plan, scratch->rows, e);
+        continue;
+      }
+    }
+    const TileRows rows = find_rows(plan, *scratch, begin, end);
     Input input = {scratch->rows, rows.segments, call.source_count, lengths, 0};
     if (rows.joined) input.lengths = &joined_length;
     if (rows.gathered) {

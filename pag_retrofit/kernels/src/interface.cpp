@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -210,19 +211,7 @@ int32_t blocks_together(const pag_plan& plan, int threads) {
   return (int32_t)together;
 }
 
-}  // namespace
-
-const char* pag_instruction_set(void) { return kernels().name; }
-
-int pag_use_instruction_set(const char* name) {
-  const pag_kernels* table = supported(name);
-  if (table) chosen.store(table, std::memory_order_relaxed);
-  return table != nullptr;
-}
-
-void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(gomp_parallel)); }
-
-int pag_convolve(const pag_convolution* call, int threads) {
+int convolve(const pag_convolution* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t pixels =
       check_list(call->list, (int64_t)call->batch * call->out_height * call->out_width);
@@ -249,7 +238,7 @@ int pag_convolve(const pag_convolution* call, int threads) {
   return failed.load() ? PAG_NO_MEMORY : PAG_OK;
 }
 
-int pag_layer_norm(const pag_rows* call, int threads) {
+int layer_norm(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
   if (count < 0) return (int)-count;
@@ -260,7 +249,7 @@ int pag_layer_norm(const pag_rows* call, int threads) {
   return PAG_OK;
 }
 
-int pag_interpolate(const pag_map* call, int threads) {
+int interpolate(const pag_map* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t pixels = (int64_t)call->batch * call->height * call->width;
   const int64_t count = check_list(call->list, pixels);
@@ -272,7 +261,7 @@ int pag_interpolate(const pag_map* call, int threads) {
   return PAG_OK;
 }
 
-int pag_mean(const pag_rows* call, int threads) {
+int mean(const pag_rows* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t count = check_list(call->list, (int64_t)call->batch * call->pixels);
   if (count < 0) return (int)-count;
@@ -293,7 +282,7 @@ int pag_mean(const pag_rows* call, int threads) {
   return PAG_OK;
 }
 
-int pag_decide(const pag_gate* call, int threads) {
+int decide(const pag_gate* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t pixels = (int64_t)call->batch * call->out_height * call->out_width;
   const int64_t chunks = worthwhile(threads, pixels * call->channels);
@@ -303,34 +292,36 @@ int pag_decide(const pag_gate* call, int threads) {
   return PAG_OK;
 }
 
-int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < pixels; i++) {
-    list[count] = (int32_t)i;  // never behind the end: count <= i
-    count += (mask[i] != 0) == (wanted != 0);
+int list_pixels(const pag_listing* call, int) {
+  int32_t count = 0;
+  const bool wanted = call->wanted;
+  for (int64_t i = 0; i < call->pixels; i++) {
+    call->list[count] = (int32_t)i;  // never behind the end: count <= i
+    count += (call->mask[i] != 0) == wanted;
   }
-  memset(list + count, 0, sizeof(int32_t) * (pixels - count));
-  return count;
+  memset(call->list + count, 0, sizeof(int32_t) * (call->pixels - count));
+  *call->found = count;
+  return PAG_OK;
 }
 
-void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height, int32_t out_width,
-                       const pag_window* window, uint8_t* needed, int32_t height, int32_t width) {
-  memset(needed, 0, (int64_t)batch * height * width);
-  for (int64_t row = 0; row < (int64_t)batch * out_height; row++) {
-    const int64_t image = row / out_height;
-    const int64_t top = row % out_height * window->stride[0] - window->padding[0];
-    for (int64_t ky = 0; ky < window->kernel[0]; ky++) {
-      const int64_t y = top + ky * window->dilation[0];
+int read_pixels(const pag_reading* call, int) {
+  const int64_t height = call->height, width = call->width, out_width = call->out_width;
+  memset(call->needed, 0, call->batch * height * width);
+  for (int64_t row = 0; row < (int64_t)call->batch * call->out_height; row++) {
+    const int64_t image = row / call->out_height;
+    const int64_t top = row % call->out_height * call->stride[0] - call->padding[0];
+    const uint8_t* open = call->mask + row * out_width;
+    for (int64_t ky = 0; ky < call->kernel[0]; ky++) {
+      const int64_t y = top + ky * call->dilation[0];
       if (y < 0 || y >= height) continue;
-      uint8_t* line = needed + (image * height + y) * width;
-      for (int64_t kx = 0; kx < window->kernel[1]; kx++) {
+      uint8_t* line = call->needed + (image * height + y) * width;
+      for (int64_t kx = 0; kx < call->kernel[1]; kx++) {
         // Output pixels x with 0 <= left + x * stride < width.
-        const int64_t left = kx * window->dilation[1] - window->padding[1];
-        const int64_t stride = window->stride[1];
+        const int64_t left = kx * call->dilation[1] - call->padding[1];
+        const int64_t stride = call->stride[1];
         const int64_t begin = left >= 0 ? 0 : (-left + stride - 1) / stride;
         const int64_t end =
             left >= width ? 0 : std::min<int64_t>(out_width, (width - 1 - left) / stride + 1);
-        const uint8_t* open = mask + row * out_width;
         if (stride == 1) {
           for (int64_t x = begin; x < end; x++) line[left + x] |= open[x];
         } else {
@@ -339,4 +330,80 @@ void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height, i
       }
     }
   }
+  return PAG_OK;
+}
+
+template <class Operation>
+void combine_all(const pag_combination* call, Operation operation) {
+  for (int64_t i = 0; i < call->pixels; i++)
+    call->result[i] = operation(call->first[i], call->second[i]);
+}
+
+int combine(const pag_combination* call, int) {
+  switch (call->operation) {
+    case PAG_AND: combine_all(call, [](uint8_t a, uint8_t b) -> uint8_t { return a & b; }); break;
+    case PAG_OR: combine_all(call, [](uint8_t a, uint8_t b) -> uint8_t { return a | b; }); break;
+    default: combine_all(call, [](uint8_t a, uint8_t) -> uint8_t { return a ^ 1; });
+  }
+  return PAG_OK;
+}
+
+int copy(const pag_copy* call, int threads) {
+  const int64_t chunks = worthwhile(threads, call->bytes / sizeof(float));
+  share(chunks, (int)chunks, [&](int64_t i) {
+    const int64_t begin = call->bytes * i / chunks, end = call->bytes * (i + 1) / chunks;
+    char* to = static_cast<char*>(call->to) + begin;
+    if (call->from)
+      memcpy(to, static_cast<const char*>(call->from) + begin, end - begin);
+    else
+      memset(to, 0, end - begin);
+  });
+  return PAG_OK;
+}
+
+int run(const pag_call& call, int threads) {
+#define PAG_RUN(KIND, STRUCTURE, FUNCTION) \
+  case KIND: return FUNCTION(static_cast<const STRUCTURE*>(call.arguments), threads);
+  switch (call.kind) {
+    PAG_RUN(PAG_CONVOLVE, pag_convolution, convolve)
+    PAG_RUN(PAG_LAYER_NORM, pag_rows, layer_norm)
+    PAG_RUN(PAG_MEAN, pag_rows, mean)
+    PAG_RUN(PAG_INTERPOLATE, pag_map, interpolate)
+    PAG_RUN(PAG_DECIDE, pag_gate, decide)
+    PAG_RUN(PAG_LIST, pag_listing, list_pixels)
+    PAG_RUN(PAG_READ, pag_reading, read_pixels)
+    PAG_RUN(PAG_COMBINE, pag_combination, combine)
+    PAG_RUN(PAG_COPY, pag_copy, copy)
+  }
+#undef PAG_RUN
+  return PAG_OK;
+}
+
+}  // namespace
+
+const char* pag_instruction_set(void) { return kernels().name; }
+
+int pag_use_instruction_set(const char* name) {
+  const pag_kernels* table = supported(name);
+  if (table) chosen.store(table, std::memory_order_relaxed);
+  return table != nullptr;
+}
+
+void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(gomp_parallel)); }
+
+int pag_run(const pag_call* calls, int64_t count, int threads) {
+  for (int64_t i = 0; i < count; i++)
+    if (const int status = run(calls[i], threads)) return status;
+  return PAG_OK;
+}
+
+void pag_use_large_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  static const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }

@@ -83,8 +83,56 @@ struct pag_map {
   int64_t stride;
 };
 
-struct pag_window {
+// Indices where (mask != 0) == wanted, ascending, then zeros, and how many were found.
+struct pag_listing {
+  const uint8_t* mask;
+  int64_t pixels, wanted;
+  int32_t* list;  // (pixels)
+  int32_t* found;
+};
+
+// Input pixels (batch, height, width) that a window operation reads for the output pixels of a mask.
+struct pag_reading {
+  int32_t batch, out_height, out_width, height, width, unused;
   int32_t kernel[2], stride[2], dilation[2], padding[2];
+  const uint8_t* mask;  // (batch, out_height, out_width)
+  uint8_t* needed;
+};
+
+enum pag_operation { PAG_AND, PAG_OR, PAG_NOT };
+
+// Of two masks, or of the first alone; entries are 0 or 1.
+struct pag_combination {
+  const uint8_t* first;
+  const uint8_t* second;
+  uint8_t* result;
+  int64_t pixels, operation;
+};
+
+struct pag_copy {
+  void* to;
+  const void* from;  // null: zeros
+  int64_t bytes;
+};
+
+// What a call computes, and the structure it takes.
+enum pag_kind {
+  PAG_SKIP,
+  PAG_CONVOLVE,       // pag_convolution
+  PAG_LAYER_NORM,     // pag_rows
+  PAG_MEAN,           // pag_rows
+  PAG_INTERPOLATE,    // pag_map: listed pixels but those at even rows and columns become the means
+                      // of the two or four next to them that are
+  PAG_DECIDE,         // pag_gate
+  PAG_LIST,           // pag_listing
+  PAG_READ,           // pag_reading
+  PAG_COMBINE,        // pag_combination
+  PAG_COPY,           // pag_copy
+};
+
+struct pag_call {
+  int64_t kind;
+  const void* arguments;
 };
 
 // Instruction sets, in rising order: "portable", "avx2", "avx512".
@@ -94,15 +142,8 @@ PAG_EXPORT int pag_use_instruction_set(const char* name);
 // Run loops on an OpenMP runtime that is already loaded: the address of its GOMP_parallel.
 PAG_EXPORT void pag_use_openmp(void* gomp_parallel);
 
-PAG_EXPORT int pag_convolve(const pag_convolution* call, int threads);
-PAG_EXPORT int pag_layer_norm(const pag_rows* call, int threads);
-PAG_EXPORT int pag_mean(const pag_rows* call, int threads);
-// Listed pixels but those at even rows and columns: means of the two or four next to them that are.
-PAG_EXPORT int pag_interpolate(const pag_map* call, int threads);
-PAG_EXPORT int pag_decide(const pag_gate* call, int threads);
-// Indices where (mask != 0) == wanted, ascending, then zeros; returns how many were found.
-PAG_EXPORT int64_t pag_list_pixels(const uint8_t* mask, int64_t pixels, int wanted, int32_t* list);
-// Input pixels that a window operation reads for the output pixels of a mask.
-PAG_EXPORT void pag_needed_inputs(const uint8_t* mask, int32_t batch, int32_t out_height,
-                                  int32_t out_width, const pag_window* window, uint8_t* needed,
-                                  int32_t height, int32_t width);
+// Calls one after the other, up to the first that fails; its status.
+PAG_EXPORT int pag_run(const pag_call* calls, int64_t count, int threads);
+// Ask for large pages behind memory that was not touched yet: reading it takes fewer address
+// translations, which cost more than the memory itself on a virtual machine.
+PAG_EXPORT void pag_use_large_pages(void* memory, int64_t bytes);

@@ -32,6 +32,13 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 PAG_INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
 PAG_INLINE void store(float* p, Vector v) { *(Unaligned*)p = v; }
+// Keeps the compiler from loading a value anew for each of its uses.
+#if defined(__AVX512F__)
+#define PAG_ONE_REGISTER(X) asm("" : "+v"(X))
+#else
+#define PAG_ONE_REGISTER(X)
+#endif
+
 PAG_INLINE Vector broadcast(float x) { return x - Vector{}; }
 
 // The first `count` < LANES floats, then zeros; nothing behind them is touched.

@@ -1,0 +1,141 @@
+"""Calls of the native kernels, recorded once and replayed without Python in between.
+
+A forward pass of a deployed network makes the same calls each time, on memory that stays where it
+is. Preparing a call in Python takes longer than a small layer, so the first pass records them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+from collections.abc import Callable, Iterator
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CALL = Struct("qP")  # pag_call
+_SKIP = 0
+_ALIGNMENT = 8
+
+_RECORDING: contextvars.ContextVar[Tape | None] = contextvars.ContextVar("tape", default=None)
+
+
+class Tape:
+    """What one forward pass did, in order.
+
+    All that is written here looks into memory at fixed addresses; the tape keeps it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is recorded yet."""
+        self._kinds: list[int] = []
+        self._packed: list[bytes] = []
+        self._kept: list[Any] = []
+        self._between: list[tuple[int, Callable[[], Any]]] = []
+        self._first: list[Callable[[], Any]] = []
+        self._calls: Any = None
+        self._segments: list[tuple[int, int, Callable[[], Any] | None]] = []
+
+    def record(self, kind: int, packed: bytes, *kept: Any) -> None:
+        """Add a call.
+
+        Args:
+            kind: Of the call (`pag_kind`).
+            packed: Its arguments.
+            kept: What owns the memory that the arguments point to.
+        """
+        self._kinds.append(kind)
+        self._packed.append(packed)
+        self._kept.append(kept)
+
+    def then(self, function: Callable[[], Any]) -> None:
+        """Add a Python function, called between the calls before and after."""
+        self._between.append((len(self._kinds), function))
+
+    def first(self, function: Callable[[], Any]) -> None:
+        """Add a function that is called before each replay."""
+        self._first.append(function)
+
+    @property
+    def last(self) -> int:
+        """Index of the call that was recorded last."""
+        return len(self._kinds) - 1
+
+    def enable(self, index: int, enabled: bool) -> None:
+        """Leave a call out of the replays, or take it in again."""
+        if self._calls is not None:
+            kind = self._kinds[index] if enabled else _SKIP
+            _CALL.pack_into(self._calls, index * _CALL.size, kind, self._address(index))
+
+    def finish(self) -> None:
+        """Lay the calls out as the native code reads them."""
+        self._offsets, size = [], 0
+        for packed in self._packed:
+            self._offsets.append(size)
+            size += -(-len(packed) // _ALIGNMENT) * _ALIGNMENT
+        self._arguments = ctypes.create_string_buffer(max(size, 1))
+        for index, packed in enumerate(self._packed):
+            ctypes.memmove(self._address(index), packed, len(packed))
+        self._calls = ctypes.create_string_buffer(max(len(self._kinds), 1) * _CALL.size)
+        for index in range(len(self._kinds)):
+            self.enable(index, True)
+        begin, address = 0, ctypes.addressof(self._calls)
+        for at, function in [*self._between, (len(self._kinds), None)]:
+            self._segments.append((address + begin * _CALL.size, at - begin, function))
+            begin = at
+
+    def replay(self, run: Callable[[int, int], Any]) -> None:
+        """Do all of it again.
+
+        Args:
+            run: Called with the address of calls and how many there are.
+        """
+        for function in self._first:
+            function()
+        for address, count, then in self._segments:
+            if count:
+                run(address, count)
+            if then is not None:
+                then()
+
+    def _address(self, index: int) -> int:
+        return ctypes.addressof(self._arguments) + self._offsets[index]
+
+
+def recording() -> Tape | None:
+    """The tape that calls of this thread are recorded on."""
+    return _RECORDING.get()
+
+
+@contextlib.contextmanager
+def record_on(tape: Tape) -> Iterator[None]:
+    """Record what is called inside the block, in this thread."""
+    token = _RECORDING.set(tape)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)
+    tape.finish()
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """`x.contiguous()`, also in replays."""
+    if x.is_contiguous():
+        return x
+    copy = x.contiguous()
+    tape = recording()
+    if tape is not None:
+        tape.then(lambda: copy.copy_(x))
+    return copy
+
+
+def is_open(mask: Tensor) -> Tensor:
+    """`mask != 0`, also in replays."""
+    result = torch.ne(mask, 0)
+    tape = recording()
+    if tape is not None:
+        tape.then(lambda: result.copy_(torch.ne(mask, 0)))
+    return result
