@@ -640,6 +640,7 @@ class Program:
         """Work out demands, what may happen in place, and the last use of every value."""
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self.constants = constants
+        kernels.lay_together([step.layer for step in self.steps if isinstance(step, Convolve)])
         self.demanded = self._demands()
         kept = {output.name for output in outputs if isinstance(output, Value)}
         last: dict[str, int] = {}

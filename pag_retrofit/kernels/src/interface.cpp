@@ -293,14 +293,26 @@ int decide(const pag_gate* call, int threads) {
 }
 
 int list_pixels(const pag_listing* call, int) {
-  int32_t count = 0;
-  const bool wanted = call->wanted;
-  for (int64_t i = 0; i < call->pixels; i++) {
-    call->list[count] = (int32_t)i;  // never behind the end: count <= i
-    count += (call->mask[i] != 0) == wanted;
+  constexpr int TOGETHER = 8;  // masks are patches: most groups are all in or all out
+  const uint8_t flip = call->wanted ? 0 : 1;
+  int64_t count = 0, i = 0;
+  const auto in = [&](int64_t at) { return (uint8_t)(call->mask[at] != 0) ^ flip; };
+  for (; i + TOGETHER <= call->pixels; i += TOGETHER) {
+    int found = 0;
+    for (int j = 0; j < TOGETHER; j++) found += in(i + j);
+    int32_t* list = call->list + count;  // never behind the end: count <= i
+    if (found == TOGETHER)
+      for (int j = 0; j < TOGETHER; j++) list[j] = (int32_t)(i + j);
+    else if (found)
+      for (int j = 0, n = 0; j < TOGETHER; n += in(i + j), j++) list[n] = (int32_t)(i + j);
+    count += found;
+  }
+  for (; i < call->pixels; i++) {
+    call->list[count] = (int32_t)i;
+    count += in(i);
   }
   memset(call->list + count, 0, sizeof(int32_t) * (call->pixels - count));
-  *call->found = count;
+  *call->found = (int32_t)count;
   return PAG_OK;
 }
 
