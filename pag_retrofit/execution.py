@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
+from pag_retrofit.functional import Window
 from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
@@ -82,7 +83,7 @@ class Source(NamedTuple):
 
     Args:
         value: Name.
-        layout: Axes of the value: `"BCHW"`, `"BHWC"` or `"BNC"`.
+        layout: Axes of the value: `"BCHW"`, `"BHWC"`, `"BNC"` or `"BC"`.
         upsampling: Factor by which it is nearest-neighbour upsampled as it is read.
         scale: Name of a value (B, C, ...) of factors per channel, or "".
     """
@@ -99,6 +100,8 @@ def as_rows(x: Tensor, layout: str) -> Tensor:
         x = x.permute(0, 2, 3, 1)
     elif layout == "BNC":
         x = x.unsqueeze(2)
+    elif layout == "BC":
+        x = x[:, None, None]
     return kernels.contiguous(x)
 
 
@@ -106,6 +109,8 @@ def from_rows(rows: Tensor, layout: str) -> Tensor:
     """Undo `as_rows`."""
     if layout == "BCHW":
         return rows.permute(0, 3, 1, 2)
+    if layout == "BC":
+        return rows[:, 0, 0]
     return rows.squeeze(2) if layout == "BNC" else rows
 
 
@@ -275,19 +280,43 @@ class Interpolate(Step):
 
 @dataclass(kw_only=True)
 class Activate(Step):
-    """An elementwise function of a whole map, in place.
+    """An activation of a whole map, in place.
 
     Args:
-        function: Called with the map.
+        layout: Of the map.
+        activation: One of `kernels.ACTIVATIONS`.
+        slope: Of a leaky ReLU.
     """
 
-    function: Callable[[Tensor], Any]
+    layout: str
+    activation: str
+    slope: float
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Apply it."""
-        x = values[self.writes]
-        self.function(x)
-        _repeat(lambda: self.function(x))
+        kernels.activate(as_rows(values[self.writes], self.layout), self.activation, self.slope)
+
+
+@dataclass(kw_only=True)
+class MaxPool(Step):
+    """Maximum over the windows of a map.
+
+    Args:
+        source: Name of the map, (B, C, H, W).
+        window: The windows.
+    """
+
+    source: str
+    window: Window
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Take the maxima."""
+        rows = as_rows(values[self.source], "BCHW")
+        kernels.max_pool(as_rows(values[self.writes], "BCHW"), rows, self.window)
 
 
 @dataclass(kw_only=True)
@@ -330,7 +359,7 @@ class Normalize(Step):
 
 @dataclass(kw_only=True)
 class Average(Step):
-    """Mean of each channel over the open pixels of a mask.
+    """Mean of each channel over pixels.
 
     Args:
         source: What is read.
@@ -347,7 +376,7 @@ class Average(Step):
         yield self.source.value
 
     def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
-        """The open pixels."""
+        """The pixels."""
         yield self.source.value, self.where
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:

@@ -27,8 +27,10 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 
 def spatial_size(node: Node, layout: str) -> tuple[int, int]:
-    """Height and width of a value of a layout; (N, 1) for tokens."""
+    """Height and width of a value of a layout; (N, 1) for tokens, (1, 1) for a vector."""
     shape = shape_of(node)
+    if layout == "BC":
+        return 1, 1
     if layout == "BNC":
         return shape[1], 1
     return (shape[2], shape[3]) if layout == "BCHW" else (shape[1], shape[2])

@@ -8,14 +8,12 @@ convolutions and gates can read their parts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
@@ -29,6 +27,7 @@ from pag_retrofit.execution import (
     Convolve,
     Decide,
     Interpolate,
+    MaxPool,
     Normalize,
     Program,
     Source,
@@ -60,16 +59,6 @@ _VIEWS_OF_MASKS = frozenset(
 _NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
                          "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
-_IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
-    "relu": torch.relu_,
-    "relu6": lambda x: x.clamp_(0, 6),
-    "silu": lambda x: functional.silu(x, inplace=True),
-    "gelu": lambda x: x.copy_(functional.gelu(x)),
-    "gelu_tanh": lambda x: x.copy_(functional.gelu(x, approximate="tanh")),
-    "hardswish": lambda x: functional.hardswish(x, inplace=True),
-    "hardsigmoid": lambda x: functional.hardsigmoid(x, inplace=True),
-    "sigmoid": torch.sigmoid_,
-}
 _MOST_SOURCES = 4
 
 
@@ -330,12 +319,12 @@ class _Lowering:
         weight = self.constant(node.args[1])
         bias = self.constant(node.args[2]) if len(node.args) > 2 else None
         shape = shape_of(node)
-        layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
+        layout = {4: "BHWC", 3: "BNC", 2: "BC"}.get(len(shape))
         if layout is None or not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
             return False
         source = self.real(node.args[0])
         self.make(source)
-        rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
+        rows = (shape[0], *spatial_size(node, layout), shape[-1])
         zero = weight.new_zeros(weight.shape[0])
         part = _Part(
             (Source(source.name, layout),),
@@ -661,6 +650,48 @@ class _Lowering:
 
     # --- everything else ------------------------------------------------------------------
 
+    def _visit_max_pool2d(self, node: Node) -> bool:
+        kernel = pair(node.args[1])
+        given = [pair(x) if x else kernel for x in node.args[2:5]]  # no stride: the kernel's size
+        stride, padding, dilation = given + [kernel, (0, 0), (1, 1)][len(given) :]
+        shape = shape_of(node)
+        if len(shape) != 4 or node.meta["val"].dtype is not torch.float32:
+            return False
+        source = self.real(node.args[0])
+        self.make(source)
+        buffer = Buffer((shape[0], shape[2], shape[3], shape[1]), "BCHW")
+        window = Window(kernel, stride, dilation, padding)
+        self.state.steps += [
+            Allocate(writes=node.name, buffer=buffer),
+            MaxPool(writes=node.name, source=source.name, window=window),
+        ]
+        self.state.made.add(node)
+        if source in self.not_negative:
+            self.not_negative.add(node)
+        return True
+
+    def _visit_mean(self, node: Node) -> bool:
+        if node in self.state.made:  # of a masked mean
+            return True
+        if not is_global_mean(node) or node.meta["val"].dtype is not torch.float32:
+            return False
+        source = self.real(node.args[0])
+        self.make(source)
+        self.state.steps.append(
+            Average(
+                writes=node.name,
+                source=Source(source.name, mean_layout(node)),
+                where=EVERYWHERE,
+                shape=shape_of(node),
+            )
+        )
+        self.state.made.add(node)
+        if source in self.not_negative:
+            self.not_negative.add(node)
+        return True
+
+    _visit_adaptive_avg_pool2d = _visit_mean
+
     def _visit_layer_norm(self, node: Node) -> bool:
         source, shape = self.real(node.args[0]), shape_of(node)
         layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
@@ -769,8 +800,9 @@ class _Lowering:
                 Interpolate(writes=node.name, layout=group.layout, where=closed)
             )
         if last != "none":
-            function = functools.partial(_activate, last, group.slope)
-            self.state.steps.append(Activate(writes=node.name, function=function))
+            self.state.steps.append(
+                Activate(writes=node.name, layout=group.layout, activation=last, slope=group.slope)
+            )
         if group.activation in _NOT_NEGATIVE and not group.residual_after:
             self.not_negative.add(node)
         self.state.made.add(node)
@@ -795,14 +827,6 @@ class _Lowering:
             return Allocate(writes=node.name, buffer=buffer, zero=bool(group.mask))
         copied = group.residual.name
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
-
-
-def _activate(name: str, slope: float, x: Tensor) -> None:
-    """Apply one of the kernels' activations to a whole map, in place."""
-    if name == "leaky_relu":
-        functional.leaky_relu(x, slope, inplace=True)
-    else:
-        _IN_PLACE[name](x)
 
 
 def _can_add(group: _Group) -> bool:

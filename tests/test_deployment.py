@@ -294,7 +294,7 @@ def test_a_residual_network_is_convolutions_and_little_else() -> None:
     deployed(torch.randn(SHAPE))
     calls = [step.function for step in steps_of(deployed) if isinstance(step, Call)]
     names = [str(function).split(".")[1] for function in calls]
-    assert names == ["max_pool2d", "adaptive_avg_pool2d", "flatten", "linear"]
+    assert names == ["flatten"]
     # A block whose input nothing else reads is updated in place.
     copied = [step for step in steps_of(deployed) if isinstance(step, Allocate) and step.copied]
     assert [step.in_place for step in copied].count(True) >= 4
@@ -304,8 +304,7 @@ def test_a_residual_network_is_convolutions_and_little_else() -> None:
 def test_a_decoder_reads_its_parts_where_they_are(deployed: DeployedNetwork) -> None:
     deployed(torch.randn(SHAPE))
     program, _ = deployed._programs[next(reversed(deployed._programs))]
-    calls = [str(step.function) for step in program.steps if isinstance(step, Call)]
-    assert calls == ["aten.max_pool2d.default"]
+    assert not any(isinstance(step, Call) for step in program.steps)
     read = [step.sources for step in program.steps if isinstance(step, Convolve)]
     assert any([s.upsampling for s in sources] == [2, 1] for sources in read)
 

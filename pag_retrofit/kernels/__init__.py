@@ -9,6 +9,7 @@ from pag_retrofit.kernels.perforated import (
     Epilogue,
     PerforatedConvolution,
     PixelList,
+    activate,
     combine,
     copy,
     gate_mask,
@@ -17,6 +18,7 @@ from pag_retrofit.kernels.perforated import (
     layer_norm,
     list_pixels,
     masked_mean,
+    max_pool,
     needed_inputs,
 )
 from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, recording
@@ -27,6 +29,7 @@ __all__ = [
     "PerforatedConvolution",
     "PixelList",
     "Tape",
+    "activate",
     "backend",
     "can_record",
     "combine",
@@ -40,6 +43,7 @@ __all__ = [
     "layer_norm",
     "list_pixels",
     "masked_mean",
+    "max_pool",
     "needed_inputs",
     "record_on",
     "recording",

@@ -48,13 +48,14 @@ _LISTING = Struct("P2q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
+_POOL = Struct("6i8iPqPq")
+_ACTIVATION = Struct("Pqif")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
 # Of pag_kind.
-_CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE, _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES = (
-    range(1, 10)
-)
+_CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
+_LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE = range(6, 12)
 OPERATIONS = ("and", "or", "not")  # of pag_operation
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -287,6 +288,21 @@ def copy(out: Tensor, x: Tensor | None) -> None:
     """Copy a contiguous map into another one of its size, or fill that with zeros."""
     packed = _COPY.pack(out.data_ptr(), _address(x), out.numel() * out.element_size())
     _call(_COPY_BYTES, packed, out, x)
+
+
+def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
+    """Maximum over the windows of `x` (B, H, W, C), into `out` (B, h, w, C)."""
+    batch, height, width, channels = x.shape
+    packed = _POOL.pack(
+        batch, height, width, *out.shape[1:3], channels, *window, *_map(x), *_map(out)
+    )
+    _call(_MAX_POOL, packed, out, x)
+
+
+def activate(x: Tensor, activation: str, slope: float) -> None:
+    """Apply an activation to a contiguous map, in place."""
+    packed = _ACTIVATION.pack(x.data_ptr(), x.numel(), _ACTIVATION_NUMBERS[activation], slope)
+    _call(_ACTIVATE, packed, x)
 
 
 def _pack_rows(

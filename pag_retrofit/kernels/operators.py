@@ -94,6 +94,11 @@ def can_record() -> bool:
     return backend() is native and not _watched()
 
 
+def visible() -> ModuleType:
+    """The module that computes, or plain torch where somebody looks at operators."""
+    return reference if _watched() else backend()
+
+
 def _watched() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
 from pag_retrofit.kernels.arguments import ACTIVATIONS
-from pag_retrofit.kernels.operators import backend, convolve
+from pag_retrofit.kernels.operators import backend, convolve, visible
 from pag_retrofit.kernels.packing import pack_weight
 
 _OPS = torch.ops.pag_retrofit
@@ -298,10 +298,26 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
         second: Another one; None for "not".
         operation: `"and"`, `"or"` or `"not"`.
     """
-    result: Tensor = backend().combine(first, second, operation)
+    result: Tensor = visible().combine(first, second, operation)
     return result
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
     """Copy a contiguous float32 map into another one of its size, or fill that with zeros."""
-    backend().copy(out, x)
+    visible().copy(out, x)
+
+
+def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
+    """Maximum over windows; what is outside of the map does not count.
+
+    Args:
+        out: (B, h, w, C).
+        x: (B, H, W, C).
+        window: Padding at the bottom and right is whatever the output's size asks for.
+    """
+    visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
+
+
+def activate(x: Tensor, activation: str, slope: float = 0.01) -> None:
+    """Apply one of `ACTIVATIONS` to a contiguous float32 map, in place."""
+    visible().activate(x, activation, slope)

@@ -33,14 +33,14 @@ def convolution(a: ConvolutionArguments) -> None:
         residual = a.out if a.accumulate else a.residual
         if residual is not None and not a.residual_after:
             y = y + residual[where]
-        y = activate(y, a.activation, a.slope)
+        y = activated(y, a.activation, a.slope)
         if residual is not None and a.residual_after:
             y = y + residual[where]
         a.out[where] = y
 
 
-def activate(x: Tensor, activation: str, slope: float) -> Tensor:
-    """Apply an activation by name; `slope` is that of `"leaky_relu"`."""
+def activated(x: Tensor, activation: str, slope: float) -> Tensor:
+    """An activation by name; `slope` is that of `"leaky_relu"`."""
     if activation == "none":
         return x
     if activation == "leaky_relu":
@@ -51,6 +51,22 @@ def activate(x: Tensor, activation: str, slope: float) -> Tensor:
         return torch.sigmoid(x)
     result: Tensor = getattr(F, activation)(x)
     return result
+
+
+def activate(x: Tensor, activation: str, slope: float) -> None:
+    """Apply an activation to a map, in place."""
+    x.copy_(activated(x, activation, slope))
+
+
+def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
+    """Maximum over the windows of `x` (B, H, W, C), into `out` (B, h, w, C)."""
+    kernel, stride, dilation, (top, left) = (window[i : i + 2] for i in range(0, 8, 2))
+    sizes = zip(out.shape[1:3], x.shape[1:3], kernel, stride, dilation, (top, left), strict=True)
+    ends = [(n - 1) * s + (k - 1) * d + 1 - p - size for n, size, k, s, d, p in sizes]
+    outside = (left, max(ends[1], 0), top, max(ends[0], 0))
+    padded = F.pad(x.permute(0, 3, 1, 2), outside, value=-torch.inf)
+    pooled = F.max_pool2d(padded, kernel, stride, 0, dilation)
+    out.copy_(pooled[:, :, : out.shape[1], : out.shape[2]].permute(0, 2, 3, 1))
 
 
 def layer_norm(

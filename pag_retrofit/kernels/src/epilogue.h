@@ -39,21 +39,9 @@ PAG_INLINE void finish_rows(const Epilogue& e, const float* sums, int pixels, in
 
 PAG_OUTLINE void finish(const Epilogue& e, const float* sums, int pixels, int width, int column,
                         int columns) {
-#define PAG_FINISH(NAME, ACTIVATION) \
-  case NAME: return finish_rows(e, sums, pixels, width, column, columns, ACTIVATION);
-  switch (e.activation) {
-    PAG_FINISH(PAG_NONE, None())
-    PAG_FINISH(PAG_RELU, Relu())
-    PAG_FINISH(PAG_RELU6, Relu6())
-    PAG_FINISH(PAG_SILU, Silu())
-    PAG_FINISH(PAG_GELU, Gelu())
-    PAG_FINISH(PAG_GELU_TANH, GeluTanh())
-    PAG_FINISH(PAG_HARDSWISH, Hardswish())
-    PAG_FINISH(PAG_HARDSIGMOID, Hardsigmoid())
-    PAG_FINISH(PAG_SIGMOID, Sigmoid())
-    PAG_FINISH(PAG_LEAKY_RELU, LeakyRelu{e.slope})
-  }
-#undef PAG_FINISH
+  with_activation(e.activation, e.slope, [&](auto activate) PAG_LAMBDA {
+    finish_rows(e, sums, pixels, width, column, columns, activate);
+  });
 }
 
 // Finish a tile of accumulators held in registers.

@@ -292,6 +292,26 @@ int decide(const pag_gate* call, int threads) {
   return PAG_OK;
 }
 
+int pool(const pag_pool* call, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t pixels = (int64_t)call->batch * call->out_height * call->out_width;
+  const int64_t reads = pixels * call->channels * call->kernel[0] * call->kernel[1];
+  const int64_t chunks = worthwhile(threads, reads);
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.pool(call, pixels * i / chunks, pixels * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
+int activate(const pag_activation_call* call, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t chunks = worthwhile(threads, call->count);
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.activate(call, call->count * i / chunks, call->count * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
 int list_pixels(const pag_listing* call, int) {
   constexpr int TOGETHER = 8;  // masks are patches: most groups are all in or all out
   const uint8_t flip = call->wanted ? 0 : 1;
@@ -386,6 +406,8 @@ int run(const pag_call& call, int threads) {
     PAG_RUN(PAG_READ, pag_reading, read_pixels)
     PAG_RUN(PAG_COMBINE, pag_combination, combine)
     PAG_RUN(PAG_COPY, pag_copy, copy)
+    PAG_RUN(PAG_POOL, pag_pool, pool)
+    PAG_RUN(PAG_ACTIVATE, pag_activation_call, activate)
   }
 #undef PAG_RUN
   return PAG_OK;

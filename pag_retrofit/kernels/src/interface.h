@@ -109,6 +109,24 @@ struct pag_combination {
   int64_t pixels, operation;
 };
 
+// Maximum over windows; what is outside of the map does not count.
+struct pag_pool {
+  int32_t batch, height, width, out_height, out_width, channels;
+  int32_t kernel[2], stride[2], dilation[2], padding[2];
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+// x = activation(x)
+struct pag_activation_call {
+  float* x;
+  int64_t count;
+  int32_t activation;
+  float slope;  // of PAG_LEAKY_RELU
+};
+
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
@@ -128,6 +146,8 @@ enum pag_kind {
   PAG_READ,           // pag_reading
   PAG_COMBINE,        // pag_combination
   PAG_COPY,           // pag_copy
+  PAG_POOL,           // pag_pool
+  PAG_ACTIVATE,       // pag_activation_call
 };
 
 struct pag_call {

@@ -137,4 +137,55 @@ void decide(const pag_gate* call, int64_t begin, int64_t end) {
   }
 }
 
+// Output pixels [begin, end), all images. A NaN in a window wins, as in torch.
+void pool(const pag_pool* call, int64_t begin, int64_t end) {
+  const int channels = call->channels;
+  for (int64_t pixel = begin; pixel < end; pixel++) {
+    const int64_t line = pixel / call->out_width, image = line / call->out_height;
+    const int64_t top = (line - image * call->out_height) * call->stride[0] - call->padding[0];
+    const int64_t left = (pixel - line * call->out_width) * call->stride[1] - call->padding[1];
+    float* out = call->out + pixel * call->out_stride;
+    for (int c = 0; c < channels; c += WAYS * LANES) {
+      Vector best[WAYS];
+      PAG_UNROLL
+      for (int j = 0; j < WAYS; j++) best[j] = broadcast(-INFINITY);
+      for (int64_t ky = 0; ky < call->kernel[0]; ky++) {
+        const int64_t y = top + ky * call->dilation[0];
+        if (y < 0 || y >= call->height) continue;
+        for (int64_t kx = 0; kx < call->kernel[1]; kx++) {
+          const int64_t x = left + kx * call->dilation[1];
+          if (x < 0 || x >= call->width) continue;
+          const float* in =
+              call->in + ((image * call->height + y) * call->width + x) * call->in_stride + c;
+          PAG_UNROLL
+          for (int j = 0; j < WAYS; j++)
+            if (c + j * LANES < channels) {
+              const Vector v = load_up_to(in + j * LANES, channels - c - j * LANES);
+              best[j] = v <= best[j] ? best[j] : v;  // false for a NaN
+            }
+        }
+      }
+      PAG_UNROLL
+      for (int j = 0; j < WAYS; j++)
+        if (c + j * LANES < channels)
+          store_up_to(out + c + j * LANES, best[j], channels - c - j * LANES);
+    }
+  }
+}
+
+template <class Activation>
+PAG_INLINE void activate_all(float* x, int64_t count, Activation function) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const int left = count - i < LANES ? (int)(count - i) : LANES;
+    store_up_to(x + i, function(load_up_to(x + i, left)), left);
+  }
+}
+
+// Floats [begin, end).
+void activate(const pag_activation_call* call, int64_t begin, int64_t end) {
+  with_activation(call->activation, call->slope, [&](auto function) PAG_LAMBDA {
+    activate_all(call->x + begin, end - begin, function);
+  });
+}
+
 }  // namespace

@@ -14,6 +14,7 @@
 
 #define PAG_INLINE inline __attribute__((always_inline))
 #define PAG_OUTLINE __attribute__((noinline))  // a loop that needs all registers for itself
+#define PAG_LAMBDA __attribute__((always_inline))
 #define PAG_UNROLL _Pragma("GCC unroll 32")
 
 namespace {
@@ -154,5 +155,22 @@ struct LeakyRelu {
   float slope;
   PAG_INLINE Vector operator()(Vector x) const { return x < 0.f ? x * slope : x; }
 };
+
+// Call a function with the activation of a number.
+template <class Function>
+PAG_INLINE void with_activation(int activation, float slope, Function function) {
+  switch (activation) {
+    case PAG_NONE: return function(None());
+    case PAG_RELU: return function(Relu());
+    case PAG_RELU6: return function(Relu6());
+    case PAG_SILU: return function(Silu());
+    case PAG_GELU: return function(Gelu());
+    case PAG_GELU_TANH: return function(GeluTanh());
+    case PAG_HARDSWISH: return function(Hardswish());
+    case PAG_HARDSIGMOID: return function(Hardsigmoid());
+    case PAG_SIGMOID: return function(Sigmoid());
+    case PAG_LEAKY_RELU: return function(LeakyRelu{slope});
+  }
+}
 
 }  // namespace
