@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
 MULTIPOOL = ROOT / "benchmarks" / "results" / "multipool.json"
 LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
+MEMORY = ROOT / "benchmarks" / "results" / "memory.json"
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -97,12 +98,10 @@ def latency_table(results: dict[str, Any]) -> str:
         cells = []
         for density in densities:
             v = by_name[f"deployed blobs {density}"]
-            cells.append(f"{v['milliseconds']:.0f} ({v['speed_up']:.2f}x, {v['fraction']:.2f})")
+            cells.append(f"{_milliseconds(v)} ({v['speed_up']:.2f}x, {v['fraction']:.2f})")
         size = "x".join(map(str, run["input"][2:]))
         name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}"
-        lines.append(
-            f"| {name} | {best['milliseconds']:.0f} {best['name']} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {name} | {_milliseconds(best)} {best['name']} | {' | '.join(cells)} |")
     packages = ", ".join(
         f"{k} {facts['packages'][k]}" for k in ("torch",) if k in facts["packages"]
     )
@@ -125,8 +124,8 @@ def trained_table(results: dict[str, Any]) -> str:
         dense = min((v for v in run["variants"] if v["dense"]), key=lambda v: v["milliseconds"])
         (own,) = (v for v in run["variants"] if not v["dense"])
         lines.append(
-            f"| {name} | {own['fraction']:.3f} | {dense['milliseconds']:.0f} {dense['name']} | "
-            f"{own['milliseconds']:.0f} | {own['speed_up']:.2f}x |"
+            f"| {name} | {own['fraction']:.3f} | {_milliseconds(dense)} {dense['name']} | "
+            f"{_milliseconds(own)} | {own['speed_up']:.2f}x |"
         )
     return "\n".join(lines)
 
@@ -170,6 +169,32 @@ def multipool_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(results: dict[str, Any]) -> str:
+    """Per network: the most memory that a pass holds, dense and deployed."""
+    lines = [
+        "| network, input | dense (MB) | deployed, all open | deployed, half open |",
+        "|---|---:|---:|---:|",
+    ]
+    cases = dict.fromkeys((run["model"], tuple(run["input"])) for run in results["runs"])
+    for model, shape in cases:
+        peaks = [
+            run["peak"]
+            for run in results["runs"]
+            if (run["model"], tuple(run["input"])) == (model, shape)
+        ]
+        size = "x".join(map(str, shape[2:]))
+        cells = [f"{peak:.0f} ({peak / peaks[0]:.2f}x)" for peak in peaks[1:]]
+        lines.append(
+            f"| {model.partition(':')[2]}, {size} | {peaks[0]:.0f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def _milliseconds(variant: dict[str, Any]) -> str:
+    time = variant["milliseconds"]
+    return f"{time:.0f}" if time >= 20 else f"{time:.1f}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
@@ -195,6 +220,8 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         latency.replace("; [more](docs/deployment.md)", ""),
     )
     deployed = replace_block(deployed, "trained-table", trained_table(timed))
+    held = json.loads(MEMORY.read_text(encoding="utf-8"))
+    deployed = replace_block(deployed, "memory-table", memory_table(held))
     multipool = root / "docs" / "multipool.md"
     pooled = replace_block(
         multipool.read_text(encoding="utf-8"),

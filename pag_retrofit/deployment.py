@@ -20,13 +20,15 @@ from pag_retrofit.markers import export_marked
 
 BACKENDS = ("auto", "cpu", "reference")
 _MOST_PROGRAMS = 16
+_MOST_READY = 2  # of these hold the memory of their maps between passes
 
 
 class DeployedNetwork(nn.Module):
     """What `deploy` returns; call it as the gated network was called.
 
     For each shape of the input that it meets, it makes a program once (this takes as long as
-    `plan` does) and keeps the last few.
+    `plan` does) and keeps the last sixteen. All share their weights; the last two keep the memory
+    of their maps.
     """
 
     pag_state: RetrofitState
@@ -37,7 +39,8 @@ class DeployedNetwork(nn.Module):
     def __init__(self, gated: nn.Module, backend: str):
         """Copy the gated network."""
         super().__init__()
-        self.gated = copy.deepcopy(gated).float().eval().requires_grad_(False)
+        with torch.inference_mode(False):  # later passes tell by versions whether gates changed
+            self.gated = copy.deepcopy(gated).float().eval().requires_grad_(False)
         self.backend = backend
         self.__dict__["pag_state"] = self.gated.pag_state
         self._reset()
@@ -70,10 +73,16 @@ class DeployedNetwork(nn.Module):
             found = self._programs.get(key)
             if found is None:
                 args, kwargs = pytree.tree_unflatten(leaves, spec)
-                found = self._programs[key] = self._lower(args, kwargs)
+                found = self._lower(args, kwargs)
+                for other, _ in self._programs.values():
+                    found[0].share_weights(other)
+                    break
+                self._programs[key] = found
                 while len(self._programs) > _MOST_PROGRAMS:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)
+            for other, _ in list(self._programs.values())[:-_MOST_READY]:
+                other.forget()
         return found
 
     def _lower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Any]:

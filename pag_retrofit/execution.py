@@ -669,7 +669,7 @@ class Program:
         """Work out demands, what may happen in place, and the last use of every value."""
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self.constants = constants
-        kernels.lay_together([step.layer for step in self.steps if isinstance(step, Convolve)])
+        kernels.lay_together(self.layers)
         self.demanded = self._demands()
         kept = {output.name for output in outputs if isinstance(output, Value)}
         last: dict[str, int] = {}
@@ -698,6 +698,22 @@ class Program:
         results = [x.clone() if isinstance(x, Tensor) else x for x in recorded.results]
         self._recorded.append(recorded)
         return results
+
+    def forget(self) -> None:
+        """Let go of the memory that later passes would use; they record anew."""
+        self._recorded.clear()
+        self._memory = Memory()
+
+    def share_weights(self, other: Program) -> None:
+        """Use the packed weights of a program of the same network where they are the same."""
+        for own, theirs in zip(self.layers, other.layers, strict=False):
+            if torch.equal(own.weights, theirs.weights):
+                own.weights = theirs.weights
+
+    @property
+    def layers(self) -> list[kernels.PerforatedConvolution]:
+        """Its convolutions, in order."""
+        return [step.layer for step in self.steps if isinstance(step, Convolve)]
 
     def _steps(self, arguments: Sequence[Any], memory: Memory) -> list[Any]:
         given = dict(zip(self.inputs, arguments, strict=True))

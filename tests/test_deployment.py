@@ -216,6 +216,20 @@ def test_several_threads_at_once(unet: nn.Module, deployed: nn.Module) -> None:
 
 
 @torch.no_grad()
+def test_sizes_share_weights_and_few_hold_memory(unet: nn.Module) -> None:
+    deployed = pag.deploy(unet)
+    for width in (32, 64, 96, 64):
+        deployed(torch.randn(1, 3, 64, width))
+    programs = [program for program, _ in deployed._programs.values()]
+    first = programs[0]
+    assert len(programs) == 3 and len(first.layers) > 10
+    for program in programs[1:]:
+        for own, theirs in zip(program.layers, first.layers, strict=True):
+            assert own.weights.data_ptr() == theirs.weights.data_ptr()
+    assert [len(program._recorded) for program in programs] == [0, 1, 1]
+
+
+@torch.no_grad()
 def test_copies_work(deployed: nn.Module) -> None:
     x = torch.randn(SHAPE)
     assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
@@ -259,6 +273,17 @@ def test_later_passes_are_like_the_first(name: str) -> None:
     with torch.inference_mode():
         assert torch.equal(deployed(x), seen[-1])
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_all_of_it_in_inference_mode() -> None:
+    x = torch.randn(SHAPE)
+    with torch.inference_mode():
+        gated = gate_all(randomize(CustomNet()))
+        deployed = pag.deploy(gated)
+        first = deployed(x)
+        close(first, gated(x))
+        assert torch.equal(deployed(x), first)
+    assert torch.equal(deployed(x), first)
 
 
 @torch.no_grad()

@@ -303,6 +303,14 @@ class TestConvolution:
     ) -> None:
         check(Case((channels,), out_channels=out_channels, size=(17, 23), mask=mask), twin)
 
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("out_channels", [1, 11, 16])
+    def test_few_output_channels(self, twin: ModuleType, out_channels: int, mask: str) -> None:
+        case = Case((24,), out_channels=out_channels, size=(7, 47), mask=mask, activation="relu")
+        check(case, twin)
+        check(replace(case, channels=(8, 16), upsampling=(2, 1)), twin)
+        check(replace(case, window=Window((5, 3), (2, 1), (2, 1), (1, 0))), twin)
+
     def test_weights_larger_than_the_cache(self, twin: ModuleType) -> None:
         check(
             Case((1024,), out_channels=320, size=(5, 5), window=Window((3, 3), *[(1, 1)] * 3)), twin
@@ -478,6 +486,98 @@ class TestRows:
             results.append((out, twin.masked_mean(x, pixels, length), gate))
         if twin is native:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class TestWholeMaps:
+    @settings(max_examples=40)
+    @given(
+        window=windows(),
+        size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        channels=st.sampled_from([1, 5, 16, 70]),
+        seed=st.integers(0, 9),
+    )
+    def test_max_pool(
+        self, window: Window, size: tuple[int, int], channels: int, seed: int
+    ) -> None:
+        (kernel, stride, dilation), padding = window[:3], tuple(max(n, 0) for n in window[3])
+        if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+            return  # torch refuses them
+        if any(
+            n + 2 * p < (k - 1) * d + 1
+            for n, p, k, d in zip(size, padding, kernel, dilation, strict=True)
+        ):
+            return
+        x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(seed))
+        expected = F.max_pool2d(x, kernel, stride, padding, dilation)
+        flat = (*kernel, *stride, *dilation, *padding)
+        for name in IMPLEMENTATIONS:
+            with using(name) as module:
+                out = torch.full_like(expected.permute(0, 2, 3, 1), UNTOUCHED).contiguous()
+                module.max_pool(out, x.permute(0, 2, 3, 1).contiguous(), flat)
+                assert torch.equal(out.permute(0, 3, 1, 2), expected)
+
+    def test_max_pool_passes_nan_on(self, twin: ModuleType) -> None:
+        x = torch.randn(1, 4, 4, 20)
+        x[0, 1, 1, 3] = torch.nan
+        out = torch.empty(1, 2, 2, 20)
+        twin.max_pool(out, x, (2, 2, 2, 2, 1, 1, 0, 0))
+        assert out.isnan().nonzero().tolist() == [[0, 0, 0, 3]]
+
+    @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+    def test_activate(self, twin: ModuleType, activation: str) -> None:
+        for floats in (1, 15, 16, 1000):
+            x = torch.linspace(-9, 9, floats).view(1, 1, 1, -1)
+            expected = activated(x, activation)
+            twin.activate(x, activation, 0.1)
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("pixels", [1, 63, 1000])
+    def test_combine_and_copy(self, twin: ModuleType, pixels: int) -> None:
+        a, b = torch.rand(2, 1, 1, 1, pixels) < 0.5
+        assert torch.equal(twin.combine(a, b, "and"), a & b)
+        assert torch.equal(twin.combine(a, b, "or"), a | b)
+        assert torch.equal(twin.combine(a, None, "not"), ~a)
+        x, out = torch.randn(1, 1, pixels, 3), torch.full((1, 1, pixels, 3), UNTOUCHED)
+        twin.copy(out, x)
+        assert torch.equal(out, x)
+        twin.copy(out, None)
+        assert not out.any()
+
+
+@needs_library
+class TestTape:
+    def test_replays_follow_what_is_in_memory(self) -> None:
+        """Calls, Python between them, and calls that are left out, on one map after the other."""
+        layer = kernels.PerforatedConvolution(
+            torch.randn(8, 4, 3, 3), None, window=Window((3, 3), *[(1, 1)] * 3)
+        )
+        x, out, mask = torch.randn(1, 5, 6, 4), torch.zeros(1, 5, 6, 8), torch.ones(1, 1, 5, 6) > 0
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.activate(x, "relu")
+            activation = tape.last
+            tape.then(lambda: x.add_(1))
+            x.add_(1)
+            layer(out, x, kernels.list_pixels(mask))
+        for density in (1.0, 0.5, 0.0):
+            new = torch.randn_like(x)
+            mask.copy_(torch.rand(mask.shape) < density)
+            for enabled in (True, False):
+                x.copy_(new)
+                out.fill_(UNTOUCHED)
+                tape.enable(activation, enabled)
+                kernels.replay(tape)
+                expected = torch.full_like(out, UNTOUCHED)
+                layer(expected, (new.relu() if enabled else new) + 1, kernels.list_pixels(mask))
+                assert torch.equal(out, expected)
+
+    def test_nothing_is_recorded_outside(self) -> None:
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            pass
+        kernels.activate(torch.ones(1, 1, 1, 1), "relu")
+        assert tape.last == -1 and kernels.recording() is None
+        kernels.replay(tape)
 
 
 class TestLists:
