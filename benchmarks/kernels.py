@@ -11,6 +11,7 @@ is the faster of contiguous and channels_last. Efficiency is (dense time / spars
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -105,15 +106,25 @@ def variants(shape: Shape) -> tuple[dict[str, Callable[[], object]], int]:
     result: dict[str, Callable[[], object]] = {
         "dense contiguous": lambda: F.conv2d(x, weight, bias, *settings),
         "dense channels_last": lambda: F.conv2d(last, weight_last, bias, *settings),
-        "all": lambda: layer(out, rows),
+        "all": recorded(lambda: layer(out, rows)),
     }
     for pattern in ("blobs", "random"):
         for density in DENSITIES:
             if density == 1 and pattern == "random":
                 continue  # the same list
             listed = kernels.list_pixels(pattern_mask(pattern, density, (1, *size), 0))
-            result[f"{pattern} {density}"] = lambda listed=listed: layer(out, rows, listed)
+            result[f"{pattern} {density}"] = recorded(
+                lambda listed=listed: layer(out, rows, listed)
+            )
     return result, 2 * dense.numel() * weight[0].numel()
+
+
+def recorded(function: Callable[[], object]) -> Callable[[], object]:
+    """The kernel calls of a function, made as deployed networks make them."""
+    tape = kernels.Tape()
+    with kernels.record_on(tape):
+        function()
+    return functools.partial(kernels.replay, tape)
 
 
 def interleaved(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:

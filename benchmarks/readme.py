@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
 MULTIPOOL = ROOT / "benchmarks" / "results" / "multipool.json"
 LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
+ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.json"
+KERNELS = ROOT / "benchmarks" / "results" / "kernels.json"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.json"
 
 
@@ -195,6 +197,50 @@ def memory_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def roofline_table(results: dict[str, Any]) -> str:
+    """Per network and density: time by kind of call, and the least that convolutions would take."""
+    limits = results["limits"]
+    lines = [
+        "| network, open pixels | convolutions (ms) | at the least | of that by compute alone | "
+        "by memory alone | lists, halos, masks (ms) | the rest (ms) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in results["runs"]:
+        kinds = {name: 1e3 * seconds for name, seconds in run["kinds"].items()}
+        masks = sum(kinds.get(name, 0) for name in ("list", "halo", "combine", "gate"))
+        rest = sum(kinds.values()) - masks - kinds["convolution"]
+        least = [1e3 * run[key] for key in ("least", "least_by_compute", "least_by_memory")]
+        size = "x".join(map(str, run["input"][2:]))
+        lines.append(
+            f"| {run['model'].partition(':')[2]}, {size}, {run['density']:g} | "
+            f"{kinds['convolution']:.1f} | {' | '.join(f'{x:.1f}' for x in least)} | "
+            f"{masks:.1f} | {rest:.1f} |"
+        )
+    lines += [
+        "",
+        f"The best convolution does {limits['macs_per_second'] / 1e9:.0f} GMAC/s, memory is read "
+        f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s (`python benchmarks/roofline.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    """Per layer shape: dense time, and the efficiency of the kernels."""
+    columns = ("all", *(f"blobs {d}" for d in (0.7, 0.5, 0.3, 0.1)), "random 0.5")
+    heads = [name.replace("blobs ", "") for name in columns]
+    lines = [
+        f"| layer | dense (ms) | {' | '.join(heads)} |",
+        "|---|---:|" + "---:|" * len(columns),
+    ]
+    for layer in results["layers"]:
+        times = layer["times"]
+        dense = min(times[key]["ms"] for key in ("dense contiguous", "dense channels_last"))
+        cells = " | ".join(f"{times[key]['efficiency']:.2f}" for key in columns)
+        lines.append(f"| {layer['shape']['name']} | {dense:.2f} | {cells} |")
+    lines += ["", f"{results['machine']['processor']}, torch {results['machine']['torch']}."]
+    return "\n".join(lines)
+
+
 def _milliseconds(variant: dict[str, Any]) -> str:
     time = variant["milliseconds"]
     return f"{time:.0f}" if time >= 20 else f"{time:.1f}"
@@ -226,17 +272,30 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     deployed = replace_block(deployed, "trained-table", trained_table(timed))
     held = json.loads(MEMORY.read_text(encoding="utf-8"))
     deployed = replace_block(deployed, "memory-table", memory_table(held))
+    roofline = json.loads(ROOFLINE.read_text(encoding="utf-8"))
+    deployed = replace_block(deployed, "roofline-table", roofline_table(roofline))
     multipool = root / "docs" / "multipool.md"
     pooled = replace_block(
         multipool.read_text(encoding="utf-8"),
         "multipool-table",
         multipool_table(json.loads(MULTIPOOL.read_text(encoding="utf-8"))),
     )
+    kernels = root / "docs" / "kernels.md"
+    layers = json.loads(KERNELS.read_text(encoding="utf-8"))
+    timed_layers = replace_block(
+        kernels.read_text(encoding="utf-8"), "kernels-table", kernels_table(layers)
+    )
     details = page.read_text(encoding="utf-8")
     table = summary_table(results).replace("; [more](docs/camvid.md)", "")
     details = replace_block(details, "camvid-table", table)
     details = replace_block(details, "camvid-classes", class_table(results))
-    return {readme: text, page: details, deployment: deployed, multipool: pooled}
+    return {
+        readme: text,
+        page: details,
+        deployment: deployed,
+        multipool: pooled,
+        kernels: timed_layers,
+    }
 
 
 def main() -> None:

@@ -68,6 +68,22 @@ class DeployedNetwork(nn.Module):
             results = program.run(tensors)
         return pytree.tree_unflatten(results, out_spec)
 
+    @torch.no_grad()
+    def profile(self, *tensors: Tensor) -> list[tuple[str, tuple[Any, ...], float]]:
+        """Time every kernel call of one pass; native kernels only.
+
+        Args:
+            tensors: What `forward` takes.
+
+        Returns:
+            Kind, what the call was made of (a convolution's `ConvolutionArguments`), and seconds.
+        """
+        leaves, spec = pytree.tree_flatten((tensors, {}))
+        key = (spec, *((tuple(x.shape), x.dtype) for x in leaves))
+        program, _ = self._program(key, leaves, spec)
+        with using(self.backend):
+            return program.time_calls(leaves)
+
     def _program(self, key: Any, leaves: list[Any], spec: Any) -> tuple[Program, Any]:
         with self._lock:
             found = self._programs.get(key)

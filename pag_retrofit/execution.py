@@ -642,6 +642,10 @@ class _Recording:
             held.copy_(new)
         kernels.replay(self._tape)
 
+    def time_calls(self) -> list[tuple[str, tuple[Any, ...], float]]:
+        """Pass forward once more, and time what is called."""
+        return kernels.time_calls(self._tape)
+
 
 def _own_copy(x: Tensor) -> Tensor:
     """A copy whose channels are last in memory."""
@@ -698,6 +702,12 @@ class Program:
         results = [x.clone() if isinstance(x, Tensor) else x for x in recorded.results]
         self._recorded.append(recorded)
         return results
+
+    def time_calls(self, arguments: Sequence[Any]) -> list[tuple[str, tuple[Any, ...], float]]:
+        """Kernel calls of one pass: kind, what it was made of, seconds; native kernels only."""
+        recorded = _Recording(self._steps, arguments)
+        recorded.repeat(arguments)
+        return recorded.time_calls()
 
     def forget(self) -> None:
         """Let go of the memory that later passes would use; they record anew."""

@@ -23,8 +23,20 @@ import pag_retrofit as pag
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import Allocate, Call, Convolve
 from pag_retrofit.gates import named_gates
+from pag_retrofit.kernels import native
 
 SHAPE = (2, 3, 64, 64)
+
+
+def _kernels_are_there() -> bool:
+    try:
+        native.library()
+    except pag.PagError:
+        return False
+    return True
+
+
+needs_kernels = pytest.mark.skipif(not _kernels_are_there(), reason="the kernels were not compiled")
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-4) -> None:
@@ -350,6 +362,18 @@ def test_nothing_is_computed_where_nothing_is_open() -> None:
         ]
     assert len(inside) == 2
     assert all(gate.override is None for _, gate in named_gates(deployed))
+
+
+@needs_kernels
+def test_profile_names_every_call(deployed: DeployedNetwork) -> None:
+    x = torch.randn(SHAPE)
+    with pag.override_gates(deployed, 0.5):
+        calls = deployed.profile(x)
+    steps = [step for step in steps_of(deployed) if isinstance(step, Convolve)]
+    convolutions = [kept[0] for kind, kept, _ in calls if kind == "convolution"]
+    assert [a.out.shape[3] for a in convolutions] == [step.layer.out_channels for step in steps]
+    assert {"list", "halo", "max pool"} <= {kind for kind, _, _ in calls}
+    assert all(seconds > 0 for _, _, seconds in calls)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pag_retrofit.kernels.arguments import ACTIVATIONS
-from pag_retrofit.kernels.native import instruction_set, replay, use_instruction_set
+from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
 from pag_retrofit.kernels.operators import backend, can_record, using
 from pag_retrofit.kernels.perforated import (
     Epilogue,
@@ -48,6 +48,7 @@ __all__ = [
     "record_on",
     "recording",
     "replay",
+    "time_calls",
     "use_instruction_set",
     "using",
 ]

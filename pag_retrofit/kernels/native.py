@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import time
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from struct import Struct
@@ -53,7 +54,10 @@ _ACTIVATION = Struct("Pqif")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
-# Of pag_kind.
+KINDS = (
+    "skip", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
+    "copy", "max pool", "activation",
+)  # of pag_kind  # fmt: skip
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
 _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE = range(6, 12)
 OPERATIONS = ("and", "or", "not")  # of pag_operation
@@ -136,7 +140,7 @@ def _call(kind: int, packed: bytes, *kept: Any) -> int:
     status: int = library().pag_run(call, 1, torch.get_num_threads())
     tape = recording()
     if tape is not None:
-        tape.record(kind, packed, kept)
+        tape.record(kind, packed, *kept)
     return status
 
 
@@ -153,6 +157,24 @@ def replay(tape: Tape) -> None:
             raise MemoryError(_NO_SCRATCH)
 
     tape.replay(checked)
+
+
+def time_calls(tape: Tape) -> list[tuple[str, tuple[Any, ...], float]]:
+    """Replay, and time each call: its kind (of `KINDS`), what it was made of, seconds."""
+    run, threads = library().pag_run, torch.get_num_threads()
+    seconds: list[float] = []
+
+    def timed(address: int, count: int) -> None:
+        for index in range(count):
+            begin = time.perf_counter()
+            run(address + index * _CALL.size, 1, threads)
+            seconds.append(time.perf_counter() - begin)
+
+    tape.replay(timed)
+    return [
+        (KINDS[kind], kept, taken)
+        for (kind, kept), taken in zip(tape.calls(), seconds, strict=True)
+    ]
 
 
 def empty(floats: int) -> Tensor:

@@ -33,7 +33,7 @@ class Tape:
         """Nothing is recorded yet."""
         self._kinds: list[int] = []
         self._packed: list[bytes] = []
-        self._kept: list[Any] = []
+        self._kept: list[tuple[Any, ...]] = []
         self._between: list[tuple[int, Callable[[], Any]]] = []
         self._first: list[Callable[[], Any]] = []
         self._calls: Any = None
@@ -50,6 +50,10 @@ class Tape:
         self._kinds.append(kind)
         self._packed.append(packed)
         self._kept.append(kept)
+
+    def calls(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Kind of each call, and what owns its memory."""
+        return zip(self._kinds, self._kept, strict=True)
 
     def then(self, function: Callable[[], Any]) -> None:
         """Add a Python function, called between the calls before and after."""

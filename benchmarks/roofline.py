@@ -1,0 +1,125 @@
+"""Where the time of a deployed network goes, call by call, against what the core can do.
+
+    python benchmarks/roofline.py
+
+For each kind of kernel call, its time; for the convolutions also what they would take at the
+least: each the larger of its multiply-accumulates at the rate of the best convolution, and what
+it must read and write once (weights, input rows, output rows) at the rate of reading memory. One
+thread.
+Writes benchmarks/results/roofline.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pag_retrofit import deploy, override_gates, retrofit
+from pag_retrofit.checkpoints import write_json
+from pag_retrofit.io import ModelSpec
+from pag_retrofit.kernels.arguments import ConvolutionArguments
+from pag_retrofit.stages import environment
+
+RESULTS = Path(__file__).resolve().parent / "results" / "roofline.json"
+CASES = (
+    ("smp:Unet:resnet34", (1, 3, 384, 480)),
+    ("timm:resnet50", (1, 3, 224, 224)),
+    ("timm:mobilenetv2_100", (1, 3, 224, 224)),
+)
+DENSITIES = (1.0, 0.1)
+PASSES = 9
+SLOWEST = 8
+
+
+def reading() -> float:
+    """Gigabytes per second that one core reads in order from memory."""
+    x = torch.ones(1 << 26)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - begin)
+    return 4 * x.numel() / min(times) / 1e9
+
+
+def facts(call: ConvolutionArguments) -> dict[str, Any]:
+    """Shape, multiply-accumulates and least bytes of a convolution."""
+    pixels = call.out.shape[:3].numel() if call.length is None else int(call.length)
+    channels = sum(source.shape[3] for source in call.sources)
+    out_channels, (kernel, _, stride, *_) = call.out.shape[3], call.window
+    taps = call.window[0] * call.window[1]
+    inputs = sum(source.numel() for source in call.sources)
+    dense = call.out.shape[:3].numel()
+    floats = call.weights.numel() + pixels * out_channels + min(inputs * pixels / dense, inputs)
+    groups = f" in {call.groups} groups" if call.groups > 1 else ""
+    return {
+        "layer": f"{channels} to {out_channels}, {kernel}x{kernel}, stride {stride}{groups}, "
+        f"{call.out.shape[1]}x{call.out.shape[2]}",
+        "pixels": pixels,
+        "macs": pixels * channels * out_channels * taps // call.groups,
+        "bytes": 4 * floats,
+    }
+
+
+@torch.no_grad()
+def profile(model: str, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A network's profile at each density."""
+    library, architecture, *encoder = model.split(":")
+    options = {"encoder_name": encoder[0]} if encoder else {}
+    network = ModelSpec(library=library, name=architecture, arguments=options).build().eval()
+    deployed = deploy(retrofit(network, 1.0, example_input=shape, inplace=True).eval())
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    result = []
+    for density in DENSITIES:
+        with override_gates(deployed, density):
+            passes = [deployed.profile(x) for _ in range(PASSES)]
+        seconds = [statistics.median(times) for times in zip(*map(_times, passes), strict=True)]
+        kinds: dict[str, float] = defaultdict(float)
+        layers = []
+        for (kind, kept, _), taken in zip(passes[-1], seconds, strict=True):
+            kinds[kind] += taken
+            if kind == "convolution":
+                layers.append({**facts(kept[0]), "seconds": taken})
+        layers.sort(key=lambda layer: -layer["seconds"])
+        result.append(
+            {
+                "model": model,
+                "input": list(shape),
+                "density": density,
+                "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+                "layers": layers,
+            }
+        )
+    return result
+
+
+def _times(calls: list[tuple[str, tuple[Any, ...], float]]) -> list[float]:
+    return [seconds for _, _, seconds in calls]
+
+
+def main() -> None:
+    """Profile all cases."""
+    torch.set_num_threads(1)
+    runs = [run for model, shape in CASES for run in profile(model, shape)]
+    rates = [
+        layer["macs"] / layer["seconds"] for run in runs for layer in run["layers"] if layer["macs"]
+    ]
+    limits = {"macs_per_second": max(rates), "bytes_per_second": 1e9 * reading()}
+    for run in runs:
+        least = [
+            (layer["macs"] / limits["macs_per_second"], layer["bytes"] / limits["bytes_per_second"])
+            for layer in run["layers"]
+        ]
+        run["least_by_compute"], run["least_by_memory"] = map(sum, zip(*least, strict=True))
+        run["least"] = sum(map(max, least))
+        run["layers"] = run["layers"][:SLOWEST]
+    write_json(RESULTS, {"limits": limits, "runs": runs, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()
