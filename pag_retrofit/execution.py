@@ -240,7 +240,7 @@ class Convolve(Step):
         """Convolve."""
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
         name, residual = self.sources[0].scale, self.residual
-        scale = kernels.contiguous(values[name]).view(len(maps[0]), -1) if name else None
+        scale = _per_image(values[name]) if name else None
         grouped = self.layer.groups > 1  # one channel each: scaled before or after is the same
         epilogue = kernels.Epilogue(
             residual=as_rows(values[residual.value], residual.layout) if residual else None,
@@ -422,18 +422,13 @@ class Decide(Step):
     def _record(self, tape: kernels.Tape, values: Values) -> Tensor:
         """The mask, which replays decide anew: by the gate, or as made up at that time."""
         weight, bias = self._parameters()
-        before = tape.last
         mask = self._own(values, weight, bias)
-        call = tape.last if tape.last > before else None
-        if call is None:  # by operators of torch
-            held = {name: values[name] for name in self.reads()}
-            tape.then(lambda: self.gate.override or mask.copy_(self._own(held, weight, bias)))
+        call = tape.last
         shown: list[Any] = [None, self._versions()]
 
         def refresh() -> None:
             override, versions = self.gate.override, self._versions()
-            if call is not None:
-                tape.enable(call, override is None)
+            tape.enable(call, override is None)
             if override is not None and override != shown[0]:
                 mask.copy_(self._from(override))
             if override is None and versions != shown[1]:
@@ -468,38 +463,23 @@ class Decide(Step):
         return (gate.scale, *(number for x in tensors for number in (id(x), x._version)))
 
     def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor) -> Tensor:
-        stride = self.gate.cost.stride
-        first = self.sources[0]
-        if len(self.sources) == 1 and first.upsampling == 1 and not first.scale:
-            rows = as_rows(values[first.value], first.layout)
-            size = (self.shape[2], self.shape[3])
-            return kernels.gate_mask(
-                rows, weight, bias, stride=stride, offset=self.offset, size=size
-            )
-        logits, begin = bias, 0
-        for source in self.sources:
-            rows = as_rows(values[source.value], source.layout)
-            own = weight[begin : begin + rows.shape[3]]
-            begin += rows.shape[3]
-            logits = logits + _logits(rows, own, source, values)
-        down, right = stride
-        kept = logits[:, self.offset[0] :: down, self.offset[1] :: right]
-        return (kept[:, : self.shape[2], : self.shape[3]] >= 0).unsqueeze(1)
+        name = self.sources[0].scale
+        maps = [as_rows(values[source.value], source.layout) for source in self.sources]
+        return kernels.gate_mask(
+            maps,
+            weight,
+            bias,
+            stride=self.gate.cost.stride,
+            offset=self.offset,
+            size=(self.shape[2], self.shape[3]),
+            upsampling=[source.upsampling for source in self.sources],
+            scale=_per_image(values[name]) if name else None,
+        )
 
 
-def _logits(rows: Tensor, weight: Tensor, source: Source, values: Mapping[str, Any]) -> Tensor:
-    """A source's share of the logits, (B, H, W) at full resolution."""
-    batch, height, width, channels = rows.shape
-    if source.scale:
-        scaled = values[source.scale].reshape(batch, channels, 1) * weight.view(1, -1, 1)
-        share = torch.bmm(rows.view(batch, -1, channels), scaled)
-    else:
-        share = rows.view(-1, channels) @ weight
-    share = share.view(batch, height, width)
-    factor = source.upsampling
-    if factor > 1:
-        share = share.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return share
+def _per_image(scale: Tensor) -> Tensor:
+    """Factors of channels as (B, C)."""
+    return kernels.contiguous(scale).view(len(scale), -1)
 
 
 @dataclass(kw_only=True)

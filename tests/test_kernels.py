@@ -468,9 +468,34 @@ class TestRows:
         assert torch.equal(masks[0][:, 0][sure], (logits >= 0)[sure])
         assert sure.float().mean() > 0.9
 
+    @pytest.mark.parametrize("scaled", [True, False])
+    @pytest.mark.parametrize("channels", [(3, 16), (40, 5, 7)])
+    def test_gate_on_parts(self, twin: ModuleType, channels: tuple[int, ...], scaled: bool) -> None:
+        """Maps beside each other, the first of them upsampled, read at every second row."""
+        factors = [2, 1, 1][: len(channels)]
+        maps = [torch.randn(2, 10 // f, 14 // f, c) for f, c in zip(factors, channels, strict=True)]
+        larger = maps[0].repeat_interleave(2, 1).repeat_interleave(2, 2)
+        x = torch.cat([larger, *maps[1:]], 3)
+        weight, bias = torch.randn(x.shape[3]), torch.tensor([-0.2])
+        scale = torch.rand(2, x.shape[3]) if scaled else None
+        scales = torch.ones(2, x.shape[3]) if scale is None else scale
+        logits = (x * scales[:, None, None]).double()[:, ::2] @ weight.double() - 0.2
+        masks: list[Tensor] = []
+        with_module(
+            twin,
+            lambda: masks.append(
+                kernels.gate_mask(
+                    maps, weight, bias, stride=(2, 1), upsampling=factors, scale=scale
+                )
+            ),
+        )
+        sure = logits.abs() > 1e-4
+        assert torch.equal(masks[0][:, 0][sure], (logits >= 0)[sure])
+        assert sure.float().mean() > 0.9
+
     def test_gate_is_open_at_zero(self, twin: ModuleType) -> None:
         x, nothing = torch.randn(1, 3, 3, 5), torch.zeros(5)
-        mask = twin.gate(x, nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3))
+        mask = twin.gate([x], nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3), [1], None)
         assert mask.all()
 
     def test_several_threads_change_nothing(self, twin: ModuleType) -> None:
@@ -482,7 +507,9 @@ class TestRows:
             torch.set_num_threads(threads)
             out = torch.zeros_like(x)
             twin.layer_norm(out, x, pixels, length, None, None, 1e-6)
-            gate = twin.gate(x, torch.ones(96), torch.zeros(1), (1, 1), (0, 0), (64, 64))
+            gate = twin.gate(
+                [x], torch.ones(96), torch.zeros(1), (1, 1), (0, 0), (64, 64), [1], None
+            )
             results.append((out, twin.masked_mean(x, pixels, length), gate))
         if twin is native:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -734,7 +761,12 @@ class TestArguments:
         with_module(twin, lambda: layer(torch.empty(0, 5, 6, 4), empty))
         assert twin.masked_mean(empty, None, None).shape == (0, 4)
         twin.layer_norm(empty, empty, None, None, None, None, 1e-6)
-        assert twin.gate(empty, torch.ones(4), torch.ones(1), (1, 1), (0, 0), (5, 6)).numel() == 0
+        assert (
+            twin.gate(
+                [empty], torch.ones(4), torch.ones(1), (1, 1), (0, 0), (5, 6), [1], None
+            ).numel()
+            == 0
+        )
 
 
 TINY = Window((3, 3), (1, 1), (1, 1), (1, 1))
@@ -802,7 +834,7 @@ class TestOperators:
             (OPS.convolution, tuple(a)),
             (OPS.layer_norm, (torch.empty_like(x), x, None, None, weight, None, 1e-6)),
             (OPS.masked_mean, (x, *listed)),
-            (OPS.gate, (x, weight, torch.ones(1), [2, 2], [1, 0], [2, 3])),
+            (OPS.gate, ([x], weight, torch.ones(1), [2, 2], [1, 0], [2, 3], [1], None)),
             (OPS.list_pixels, (mask, True)),
             (OPS.needed_inputs, (mask, window, [5, 6])),
         ]

@@ -186,7 +186,7 @@ def check_convolution(a: ConvolutionArguments) -> None:
     check_window("window", a.window)
     pixel_stride("out", a.out)
     batch, out_height, out_width, out_channels = a.out.shape
-    channels = _check_sources(a, batch)
+    channels = check_sources(a.sources, a.upsampling, batch, a.size)
     _check_groups(a, channels)
     if max(out_height * a.window[2], out_width * a.window[3], *a.size) > 2 * MAX_EXTENT:
         raise PagError(f"out {tuple(a.out.shape)} with stride {a.window[2:4]} is too large")
@@ -207,24 +207,30 @@ def check_convolution(a: ConvolutionArguments) -> None:
             )
 
 
-def _check_sources(a: ConvolutionArguments, batch: int) -> int:
-    """Check the maps that are read; return their channels in all."""
-    if not 1 <= len(a.sources) <= MAX_SOURCES or len(a.upsampling) != len(a.sources):
+def check_sources(
+    sources: Sequence[Tensor], upsampling: Sequence[int], batch: int, size: Sequence[int]
+) -> int:
+    """Check the maps that are read; return their channels in all.
+
+    Raises:
+        PagError: They are too many or none, or one of them is no map or does not cover the size.
+    """
+    if not 1 <= len(sources) <= MAX_SOURCES or len(upsampling) != len(sources):
         raise PagError(
-            f"{len(a.sources)} sources with {len(a.upsampling)} upsampling factors: expected 1 to "
+            f"{len(sources)} sources with {len(upsampling)} upsampling factors: expected 1 to "
             f"{MAX_SOURCES} sources and a factor for each"
         )
     channels = 0
-    for source, factor in zip(a.sources, a.upsampling, strict=True):
+    for source, factor in zip(sources, upsampling, strict=True):
         pixel_stride("source", source)
         own_batch, height, width, own_channels = source.shape
         channels += own_channels
         if factor < 1 or factor & (factor - 1) or factor > MAX_EXTENT:
             raise PagError(f"upsampling={factor}: expected a power of two")
-        if own_batch != batch or height * factor < a.size[0] or width * factor < a.size[1]:
+        if own_batch != batch or height * factor < size[0] or width * factor < size[1]:
             raise PagError(
                 f"a source {tuple(source.shape)}, upsampled {factor} times, does not cover a batch "
-                f"of {batch} of size {tuple(a.size)}"
+                f"of {batch} of size {tuple(size)}"
             )
     return channels
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import time
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from struct import Struct
@@ -44,7 +45,7 @@ _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "Pq")
-_GATE = Struct("6i 4i Pq3P")
+_GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "4P")
 _LISTING = Struct("P2q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
@@ -188,13 +189,7 @@ def empty(floats: int) -> Tensor:
 def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels; see the arguments."""
     batch, out_height, out_width, out_channels = a.out.shape
-    sources: list[int] = []
-    channels = 0
-    for source, factor in zip(a.sources, a.upsampling, strict=True):
-        _, height, width, own = source.shape
-        channels += own
-        address, stride = _map(source)
-        sources += (address, stride, own, height, width, factor.bit_length() - 1)
+    channels = sum(source.shape[3] for source in a.sources)
     out, out_stride = _map(a.out)
     residual, residual_stride = (out, out_stride) if a.accumulate else (0, 0)
     if a.residual is not None:
@@ -204,7 +199,7 @@ def convolution(a: ConvolutionArguments) -> None:
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
-        *sources, *_NO_SOURCES[len(sources) :],
+        *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
         residual, residual_stride, out, out_stride,
@@ -251,21 +246,27 @@ def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None
 
 
 def gate(
-    x: Tensor,
+    sources: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor,
     stride: tuple[int, int],
     offset: tuple[int, int],
     size: tuple[int, int],
+    upsampling: Sequence[int],
+    scale: Tensor | None,
 ) -> Tensor:
-    """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
-    batch, height, width, channels = x.shape
+    """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
+
+    x (B, H, W, C) are the channels of the sources, upsampled.
+    """
+    batch = len(sources[0])
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
     packed = _GATE.pack(
-        batch, height, width, *size, channels, *stride, *offset,
-        *_map(x), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
+        batch, *size, weight.numel(), *stride, *offset, len(sources), 0,
+        *_sources(sources, upsampling),
+        _address(scale), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
     )  # fmt: skip
-    _call(_DECIDE, packed, x, weight, bias, mask)
+    _call(_DECIDE, packed, sources, weight, bias, scale, mask)
     return mask
 
 
@@ -340,6 +341,16 @@ def _pack_rows(
 def _bytes(mask: Tensor) -> Tensor:
     """A mask as contiguous bytes, of which only zero and not zero matter."""
     return contiguous(mask if mask.dtype is torch.bool else is_open(mask))
+
+
+def _sources(maps: Sequence[Tensor], upsampling: Sequence[int]) -> tuple[int, ...]:
+    """The fields of all sources, those that are not there included."""
+    fields: list[int] = []
+    for source, factor in zip(maps, upsampling, strict=True):
+        _, height, width, own = source.shape
+        address, stride = _map(source)
+        fields += (address, stride, own, height, width, factor.bit_length() - 1)
+    return (*fields, *_NO_SOURCES[len(fields) :])
 
 
 def _map(x: Tensor) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from pag_retrofit.kernels.arguments import (
     ConvolutionArguments,
     check_convolution,
     check_list,
+    check_sources,
     check_vector,
     check_window,
     pixel_stride,
@@ -44,7 +45,8 @@ _LIBRARY.define(
 _LIBRARY.define("interpolate(Tensor(a!) x, Tensor? pixels, Tensor? length) -> ()")
 _LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
 _LIBRARY.define(
-    "gate(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size) -> Tensor"
+    "gate(Tensor[] sources, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size, "
+    "int[] upsampling, Tensor? scale) -> Tensor"
 )
 _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
@@ -163,32 +165,44 @@ def _masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Ten
 
 @torch.library.impl(_LIBRARY, "gate", "CPU")
 def _gate(
-    x: Tensor,
+    sources: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor,
     stride: Sequence[int],
     offset: Sequence[int],
     size: Sequence[int],
+    upsampling: Sequence[int],
+    scale: Tensor | None,
 ) -> Tensor:
-    pixel_stride("x", x)
-    check_vector("weight", weight, (x.shape[3],))
+    batch = len(sources[0]) if sources else 0
+    channels = check_sources(sources, upsampling, batch, (0, 0))
+    check_vector("weight", weight, (channels,))
     check_vector("bias", bias, (1,))
-    _check_grid(x, stride, offset, size)
-    result: Tensor = backend().gate(x, weight, bias, tuple(stride), tuple(offset), tuple(size))
+    check_vector("scale", scale, (batch, channels))
+    _check_grid(sources, upsampling, stride, offset, size)
+    result: Tensor = backend().gate(
+        sources, weight, bias, tuple(stride), tuple(offset), tuple(size), upsampling, scale
+    )
     return result
 
 
 def _check_grid(
-    x: Tensor, stride: Sequence[int], offset: Sequence[int], size: Sequence[int]
+    sources: Sequence[Tensor],
+    upsampling: Sequence[int],
+    stride: Sequence[int],
+    offset: Sequence[int],
+    size: Sequence[int],
 ) -> None:
     pairs = {"stride": stride, "offset": offset, "size": size}
     if any(len(pair) != 2 for pair in pairs.values()) or min(*stride, *size) < 1 or min(offset) < 0:
         raise PagError(f"{pairs}: expected pairs, stride and size >= 1, offset >= 0")
     last = [o + (n - 1) * s for o, n, s in zip(offset, size, stride, strict=True)]
-    if last[0] >= x.shape[1] or last[1] >= x.shape[2]:
-        raise PagError(
-            f"{pairs}: the last pixel is at {tuple(last)}, expected inside x {tuple(x.shape)}"
-        )
+    for x, factor in zip(sources, upsampling, strict=True):
+        if last[0] >= x.shape[1] * factor or last[1] >= x.shape[2] * factor:
+            raise PagError(
+                f"{pairs}: the last pixel is at {tuple(last)}, expected inside x "
+                f"{tuple(x.shape)}, upsampled by {factor}"
+            )
 
 
 @torch.library.impl(_LIBRARY, "list_pixels", "CPU")
@@ -238,14 +252,16 @@ def _(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("pag_retrofit::gate", lib=_LIBRARY)
 def _(
-    x: Tensor,
+    sources: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor,
     stride: Sequence[int],
     offset: Sequence[int],
     size: Sequence[int],
+    upsampling: Sequence[int],
+    scale: Tensor | None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], 1, *size, dtype=torch.bool)
+    return weight.new_empty(sources[0].shape[0], 1, *size, dtype=torch.bool)
 
 
 @torch.library.register_fake("pag_retrofit::list_pixels", lib=_LIBRARY)

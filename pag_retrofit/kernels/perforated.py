@@ -223,23 +223,28 @@ def masked_mean(x: Tensor, listed: PixelList | None = None) -> Tensor:
 
 
 def gate_mask(
-    x: Tensor,
+    sources: Tensor | Sequence[Tensor],
     weight: Tensor,
     bias: Tensor,
     *,
     stride: tuple[int, int] = (1, 1),
     offset: tuple[int, int] = (0, 0),
     size: tuple[int, int] | None = None,
+    upsampling: Sequence[int] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Decide which pixels to compute: where weight . x + bias >= 0.
+    """Decide which pixels to compute: where weight . (scale * x) + bias >= 0.
 
     Args:
-        x: (B, H, W, C).
+        sources: x (B, H, W, C), or up to four maps whose channels one after the other are x.
         weight: (C,).
         bias: (1,).
         stride: From one decided pixel to the next.
         offset: The first decided pixel.
-        size: (h, w); default as many as fit into `x`.
+        size: (h, w); default as many as fit into x.
+        upsampling: Power of two by which each source is (nearest-neighbour) upsampled as it is
+            read; default 1 each.
+        scale: (B, C); default ones.
 
     Returns:
         Bool (B, 1, h, w).
@@ -247,12 +252,18 @@ def gate_mask(
     Raises:
         PagError: A shape or type does not fit, or a decided pixel would not be in `x`.
     """
+    maps = [sources] if isinstance(sources, Tensor) else list(sources)
+    factors = [1] * len(maps) if upsampling is None else list(upsampling)
     if size is None:
+        pairs = list(zip(maps, factors, strict=True))
+        whole = [min(x.shape[axis] * factor for x, factor in pairs) for axis in (1, 2)]
         height, width = (
-            -(-(n - o) // max(s, 1)) for n, o, s in zip(x.shape[1:3], offset, stride, strict=True)
+            -(-(n - o) // max(s, 1)) for n, o, s in zip(whole, offset, stride, strict=True)
         )
         size = (height, width)
-    result: Tensor = _OPS.gate(x, weight, bias, list(stride), list(offset), list(size))
+    result: Tensor = _OPS.gate(
+        maps, weight, bias, list(stride), list(offset), list(size), factors, scale
+    )
     return result
 
 

@@ -5,6 +5,8 @@ Signatures, shapes and results are those of `native`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -104,15 +106,30 @@ def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tens
 
 
 def gate(
-    x: Tensor,
+    sources: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor,
     stride: tuple[int, int],
     offset: tuple[int, int],
     size: tuple[int, int],
+    upsampling: Sequence[int],
+    scale: Tensor | None,
 ) -> Tensor:
-    """Mask, bool (B, 1, h, w): where weight . x + bias >= 0 at strided pixels of (B, H, W, C)."""
-    kept = x[:, offset[0] :: stride[0], offset[1] :: stride[1]][:, : size[0], : size[1]]
+    """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
+
+    x (B, H, W, C) are the channels of the sources, upsampled.
+    """
+    rows = torch.arange(size[0]) * stride[0] + offset[0]
+    columns = torch.arange(size[1]) * stride[1] + offset[1]
+    kept = torch.cat(
+        [
+            source[:, rows[:, None] // factor, columns // factor]
+            for source, factor in zip(sources, upsampling, strict=True)
+        ],
+        dim=3,
+    )
+    if scale is not None:
+        kept = kept * scale[:, None, None]
     return (kept @ weight + bias >= 0)[:, None]
 
 

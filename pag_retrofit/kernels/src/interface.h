@@ -65,11 +65,12 @@ struct pag_rows {
   float epsilon;
 };
 
-// mask[pixel] = weight . in[offset + stride * pixel] + bias >= 0
+// mask[pixel] = weight . (scale * in[offset + stride * pixel]) + bias >= 0
 struct pag_gate {
-  int32_t batch, height, width, out_height, out_width, channels, stride[2], offset[2];
-  const float* in;
-  int64_t in_stride;
+  int32_t batch, out_height, out_width, channels, stride[2], offset[2];
+  int32_t source_count, unused;
+  pag_source sources[PAG_MAX_SOURCES];
+  const float* scale;   // (batch, channels) or null
   const float* weight;  // (channels)
   const float* bias;    // one number
   uint8_t* mask;        // (batch, out_height, out_width)

@@ -126,14 +126,65 @@ void interpolate(const pag_map* call, int64_t begin, int64_t end) {
   }
 }
 
+// Add x * w, or x * w * scale, to a vector of sums.
+PAG_INLINE Vector add_products(Vector sums, const float* x, const float* w, const float* scale,
+                               int count) {
+  for (int i = 0; i < count; i += LANES) {
+    const int left = count - i;
+    Vector v = load_up_to(x + i, left) * load_up_to(w + i, left);
+    if (scale) v *= load_up_to(scale + i, left);
+    sums += v;
+  }
+  return sums;
+}
+
+// The sums of LANES vectors, in order: halves of two are added, then halves of halves.
+PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
+  PAG_UNROLL
+  for (int block = LANES; block > 1; block /= 2) {
+    Integers low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+      const int at = lane % block, half = block / 2;
+      low[lane] = lane - at + (at < half ? at : at - half + LANES);
+      high[lane] = low[lane] + half;
+    }
+    PAG_UNROLL
+    for (int i = 0; i < block / 2; i++)
+      v[i] = __builtin_shuffle(v[i], v[i + block / 2], low) +
+             __builtin_shuffle(v[i], v[i + block / 2], high);
+  }
+  return v[0];
+}
+
 // Output pixels [begin, end), all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
-  for (int64_t pixel = begin; pixel < end; pixel++) {
-    const int64_t line = pixel / call->out_width, image = line / call->out_height;
-    const int64_t y = (line - image * call->out_height) * call->stride[0] + call->offset[0];
-    const int64_t x = (pixel - line * call->out_width) * call->stride[1] + call->offset[1];
-    const float* in = call->in + ((image * call->height + y) * call->width + x) * call->in_stride;
-    call->mask[pixel] = product(in, 0, call->weight, call->channels) + *call->bias >= 0;
+  const int64_t line = begin / call->out_width;
+  int32_t image = (int32_t)(line / call->out_height);
+  int32_t row = (int32_t)(line - (int64_t)image * call->out_height);
+  int32_t column = (int32_t)(begin - line * call->out_width);
+  for (; begin < end; begin += LANES) {
+    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
+    Vector sums[LANES] = {};
+    for (int i = 0; i < count; i++) {
+      const int32_t y = row * call->stride[0] + call->offset[0];
+      const int32_t x = column * call->stride[1] + call->offset[1];
+      const float* weight = call->weight;
+      const float* scale = call->scale ? call->scale + (int64_t)image * call->channels : nullptr;
+      Vector sum = {};
+      for (int s = 0; s < call->source_count; s++) {
+        const pag_source& source = call->sources[s];
+        sum = add_products(sum, row_of(source, image, y, x), weight, scale, source.channels);
+        weight += source.channels;
+        if (scale) scale += source.channels;
+      }
+      sums[i] = sum;
+      if (++column == call->out_width) {
+        column = 0;
+        if (++row == call->out_height) row = 0, image++;
+      }
+    }
+    const Vector logits = sum_each(sums) + *call->bias;
+    for (int i = 0; i < count; i++) call->mask[begin + i] = logits[i] >= 0;
   }
 }
 
