@@ -16,6 +16,7 @@ from pag_retrofit.execution import Program
 from pag_retrofit.gates import RetrofitState, named_gates, state_of
 from pag_retrofit.kernels import using
 from pag_retrofit.lowering import lower
+from pag_retrofit.mapped import MappedWeights
 from pag_retrofit.markers import export_marked
 
 BACKENDS = ("auto", "cpu", "reference")
@@ -28,13 +29,14 @@ class DeployedNetwork(nn.Module):
 
     For each shape of the input that it meets, it makes a program once (this takes as long as
     `plan` does) and keeps the last sixteen. All share their weights; the last two keep the memory
-    of their maps.
+    of their maps. The gated network's own weights wait in a temporary file for new shapes.
     """
 
     pag_state: RetrofitState
     pag_deployed = True
     _programs: OrderedDict[Any, tuple[Program, Any]]
     _lock: threading.Lock
+    _weights: MappedWeights
 
     def __init__(self, gated: nn.Module, backend: str):
         """Copy the gated network."""
@@ -45,9 +47,11 @@ class DeployedNetwork(nn.Module):
         self.__dict__["pag_state"] = self.gated.pag_state
         self._reset()
 
+    @torch.inference_mode(False)
     def _reset(self) -> None:
         self.__dict__["_programs"] = OrderedDict()
         self.__dict__["_lock"] = threading.Lock()
+        self.__dict__["_weights"] = MappedWeights(self.gated)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -94,6 +98,7 @@ class DeployedNetwork(nn.Module):
                     found[0].share_weights(other)
                     break
                 self._programs[key] = found
+                self._weights.leave_memory()
                 while len(self._programs) > _MOST_PROGRAMS:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(key)
@@ -126,7 +131,7 @@ class DeployedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave programs out: they are made anew."""
-        left_out = ("_programs", "_lock")
+        left_out = ("_programs", "_lock", "_weights")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,40 @@ def test_sizes_share_weights_and_few_hold_memory(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
+@needs_kernels
+def test_weights_wait_outside_of_memory_and_stay_writable() -> None:
+    gated = gate_all(timm.create_model("resnet18"), (1, 3, 32, 32))
+    randomize(gated, 0)
+    deployed = pag.deploy(gated)
+    x = torch.randn(1, 3, 32, 32)
+    deployed(x)
+    assert isinstance(deployed, DeployedNetwork)
+    for own, copied in zip(gated.parameters(), deployed.gated.parameters(), strict=True):
+        assert torch.equal(own, copied)
+    with torch.no_grad():
+        deployed.gated.get_submodule("fc").weight.zero_()
+    deployed._weights.leave_memory()
+    assert not deployed.gated.get_submodule("fc").weight.any()
+    if sys.platform == "linux":
+        assert resident_share(deployed.gated) < 0.1
+
+
+def resident_share(network: nn.Module) -> float:
+    """Share of the mapped weights that is in memory."""
+    maps = Path("/proc/self/smaps").read_text(encoding="utf-8").split("VmFlags:")
+    weight = max(network.parameters(), key=Tensor.numel)
+    for entry in maps:
+        lines = [line for line in entry.splitlines() if line and not line.startswith(" ")]
+        heads = [line for line in lines if "-" in line.split()[0] and ":" not in line.split()[0]]
+        if not heads:
+            continue
+        first, last = (int(end, 16) for end in heads[0].split()[0].split("-"))
+        if first <= weight.data_ptr() < last:
+            sizes = {line.split(":")[0]: line.split()[1] for line in lines if " kB" in line}
+            return int(sizes["Rss"]) / int(sizes["Size"])
+    raise AssertionError("the weight is in no mapping")
+
+
 def test_copies_work(deployed: nn.Module) -> None:
     x = torch.randn(SHAPE)
     assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))

@@ -92,7 +92,12 @@ def library() -> ctypes.CDLL:
             "one (g++ or clang++) and then this package again"
         )
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise PagError(
+                f"the native kernels {path} are of another version: they lack {name}; install this "
+                "package again"
+            )
         function.restype, function.argtypes = result, arguments
     # torch loads its OpenMP runtime for the whole process; where it is another one, the library
     # starts threads of its own.
