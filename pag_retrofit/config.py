@@ -11,6 +11,7 @@ from pag_retrofit.errors import PagError
 CONFIG_VERSION = 1
 SCOPES = ("branch", "conv")
 BYPASSES = ("auto", "identity", "collapsed")
+POLICIES = ("pixel", "layer", "random", "grid", "truncation")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class RetrofitConfig:
             input (where channels agree, else collapsed), `"collapsed"` a 1x1 convolution made
             of the kernel summed over its taps, `"auto"` collapsed in scope `"branch"` and
             identity in scope `"conv"`. Residual branches always fall back to their shortcut.
+        policy: Who decides. `"pixel"` is PAG: each pixel, by its features. The others are what it
+            is compared with: `"layer"` computes a site or skips it, per image; `"random"` and
+            `"grid"` compute pixels at random or on a regular grid, at rates that are learned;
+            `"truncation"` drops the last sites of each stage for good, to come as close to the
+            budget as it can. With these three outputs change at once.
         include: Shell-style patterns of site names; a site is gated if any matches.
         exclude: Patterns of site names that stay dense.
         min_share: Sites below this fraction of the network's MACs stay dense: a gate there
@@ -112,6 +118,7 @@ class RetrofitConfig:
 
     scope: str = "branch"
     bypass: str = "auto"
+    policy: str = "pixel"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_share: float = 0.002
@@ -120,7 +127,8 @@ class RetrofitConfig:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name, allowed in (("scope", SCOPES), ("bypass", BYPASSES)):
+        choices = (("scope", SCOPES), ("bypass", BYPASSES), ("policy", POLICIES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise PagError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
         for name in ("include", "exclude"):

@@ -22,6 +22,7 @@ from pag_retrofit.functional import Window
 from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
+from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _MOST_MADE_UP = 16
 
@@ -475,6 +476,78 @@ class Decide(Step):
             upsampling=[source.upsampling for source in self.sources],
             scale=_per_image(values[name]) if name else None,
         )
+
+
+@dataclass(kw_only=True)
+class Stand(Step):
+    """The mask of a gate that does not look at its input.
+
+    Args:
+        gate: The gate.
+        sources: What another gate would read: they are made before, and everywhere.
+        shape: (B, 1, h, w) of the mask.
+    """
+
+    gate: InputFreeGate
+    sources: tuple[Source, ...]
+    shape: tuple[int, int, int, int]
+
+    def reads(self) -> Iterator[str]:
+        """Its sources, and no scales."""
+        for source in self.sources:
+            yield source.value
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Give the mask; replays change it when the gate or its override has changed."""
+        mask = values[self.writes] = self._mask()
+        shown = [self._version()]
+
+        def refresh() -> None:
+            version = self._version()
+            if version != shown[0]:
+                mask.copy_(self._mask())
+                shown[0] = version
+
+        _repeat(refresh)
+
+    def _mask(self) -> Tensor:
+        override = self.gate.override
+        if override is not None:
+            return override.mask(torch.empty(self.shape)).bool()
+        return self.gate.standing_mask(self.shape).expand(self.shape).bool().contiguous()
+
+    def _version(self) -> tuple[Any, ...]:
+        tensors = (*self.gate.parameters(), *self.gate.buffers())
+        return (self.gate.override, *(number for x in tensors for number in (id(x), x._version)))
+
+
+@dataclass(kw_only=True)
+class DecidePerImage(Step):
+    """The decision of a gate that looks at a whole image, run as it is.
+
+    Args:
+        gate: The gate.
+        source: What it reads.
+        shape: (B, 1, h, w) of the mask.
+    """
+
+    gate: LayerGate
+    source: Source
+    shape: tuple[int, int, int, int]
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source.value
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Decide."""
+        x = values[self.source.value]
+        mask = values[self.writes] = self._mask(x)
+        _repeat(lambda: mask.copy_(self._mask(x)))
+
+    def _mask(self, x: Tensor) -> Tensor:
+        mask: Tensor = self.gate(x, self.shape[2:])
+        return mask.bool().contiguous()
 
 
 def _per_image(scale: Tensor) -> Tensor:

@@ -138,13 +138,29 @@ class PixelGate(Gate):
         kept = subsample(x, self.cost.stride, self.cost.offset, size)
         if self.copy_input and torch.is_grad_enabled():
             kept = kept.clone()
-        logits = F.conv2d(kept, self.weight * self.scale, self.bias).float() + self.offset
+        logits = self.logits(kept) + self.offset
         if self.override is not None:
             return self.override.mask(logits)
         if not self.training:
-            return (logits >= 0).float()
-        self.last_probability = torch.sigmoid(logits / self.temperature)
+            return self.decide(logits)
+        self.last_probability = self.probability(logits)
         self.last_input_size = (x.shape[2], x.shape[3])
+        return self.sample(logits)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Computing minus skipping, float32 (B, 1, h, w), given the input at those pixels."""
+        return F.conv2d(x, self.weight * self.scale, self.bias).float()
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """The mask of evaluation."""
+        return (logits >= 0).float()
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """That a pixel is open in training."""
+        return torch.sigmoid(logits / self.temperature)
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Draw the mask of training."""
         return sample_mask(logits, self.temperature)
 
     def extra_repr(self) -> str:

@@ -26,11 +26,13 @@ from pag_retrofit.execution import (
     Choose,
     Convolve,
     Decide,
+    DecidePerImage,
     Interpolate,
     MaxPool,
     Normalize,
     Program,
     Source,
+    Stand,
     Step,
     Value,
 )
@@ -51,6 +53,7 @@ from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
 from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
+from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
 _VIEWS_OF_MASKS = frozenset(
@@ -543,12 +546,30 @@ class _Lowering:
             self.state.made.add(node)
             return True
         assert isinstance(gate, PixelGate)
+        mask_shape = (shape[0], shape[1], shape[2], shape[3])
+        if isinstance(gate, LayerGate):
+            self.make(source)
+            self.state.steps.append(
+                DecidePerImage(
+                    writes=node.name,
+                    gate=gate,
+                    source=Source(source.name, gate.layout),
+                    shape=mask_shape,
+                )
+            )
+            self.state.made.add(node)
+            return True
         virtual = self.state.virtual.get(source)
         if isinstance(virtual, _Parts) and virtual.sources:
             sources = virtual.sources
         else:
             self.make(source)
             sources = (Source(source.name, gate.layout),)
+        if isinstance(gate, InputFreeGate):
+            step = Stand(writes=node.name, gate=gate, sources=sources, shape=mask_shape)
+            self.state.steps.append(step)
+            self.state.made.add(node)
+            return True
         height, width = spatial_size(source, gate.layout)
         grid = torch.empty(1, 1, height, width, device="meta")
         size = (shape[2], shape[3])
@@ -558,7 +579,6 @@ class _Lowering:
         ]
         offset = (min(gate.cost.offset[0], ends[0]), min(gate.cost.offset[1], ends[1]))
         assert subsample(grid, gate.cost.stride, gate.cost.offset, size).shape[2:] == size
-        mask_shape = (shape[0], shape[1], shape[2], shape[3])
         self.state.steps.append(
             Decide(writes=node.name, gate=gate, sources=sources, shape=mask_shape, offset=offset)
         )

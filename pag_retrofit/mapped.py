@@ -42,7 +42,7 @@ class MappedWeights:
         try:
             with tempfile.TemporaryFile(prefix="pag_retrofit-") as file:
                 for weight in weights:
-                    file.write(memoryview(_flat(weight).numpy()))
+                    file.write(_flat(weight).numpy().tobytes())
                 file.flush()
                 self._mapping = mmap.mmap(file.fileno(), 4 * sum(sizes))
         except OSError:

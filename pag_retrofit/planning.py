@@ -21,6 +21,7 @@ from pag_retrofit.gates import (
     gate_convolution,
 )
 from pag_retrofit.multipool import BranchSelector, MultiPoolConv2d, PoolSelector
+from pag_retrofit.policies import GATES
 from pag_retrofit.pool_rewriting import PoolRewriter
 from pag_retrofit.pool_sites import find_pools
 from pag_retrofit.rewriting import GatedBlock
@@ -377,7 +378,7 @@ class Surgery:
         probability = self.config.gate.initial_probability
         gate: Gate
         if site.selector is None:
-            gate = PixelGate(
+            gate = GATES[self.config.policy](
                 site.channels,
                 site.cost,
                 layout=site.layout,

@@ -28,7 +28,11 @@ from pydantic import (
 from pag_retrofit.config import MultiPoolConfig, RetrofitConfig
 from pag_retrofit.errors import RecipeError
 
-Stage = Literal["dense", "reference", "average", "gated"]
+Stage = Literal[
+    "dense", "reference", "average", "gated", "layer", "random", "grid", "truncation", "resizing"
+]
+BASELINES: tuple[Stage, ...] = ("layer", "random", "grid", "truncation", "resizing")
+"""Stages that meet the budgets in other ways than pixel gates."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -292,12 +296,14 @@ class Recipe(Section):
         name: name of the run.
         output: folder of the results.
         seed: seed of weights, data order, augmentation and gate noise.
-        stages: what is run, in the order dense, reference, average, gated.
+        stages: what is run, in the order dense, reference, average, gated, and the baselines
+            `layer`, `random`, `grid`, `truncation` (policies of `pag_retrofit.RetrofitConfig`) and
+            `resizing` (smaller inputs), which are run at each budget too.
         model: the network.
         data: the data set.
         task: the task.
         dense: schedule of the ungated network; needed for the stage `dense`.
-        gated: gating; needed for the stages `gated`, `reference` and `average`.
+        gated: gating; needed for all stages but `dense`.
         runtime: how it is carried out.
     """
 
@@ -316,8 +322,8 @@ class Recipe(Section):
     def _stages_have_sections(self) -> Recipe:
         if "dense" in self.stages and self.dense is None:
             raise ValueError("the stage dense needs the section dense")
-        for stage in ("reference", "average", "gated"):
-            if stage in self.stages and self.gated is None:
+        for stage in self.stages:
+            if stage != "dense" and self.gated is None:
                 raise ValueError(f"the stage {stage} needs the section gated")
         if "average" in self.stages and self.multipool is None:
             raise ValueError("the stage average needs gated.retrofit.multipool")
@@ -479,6 +485,24 @@ def _place(key: KeyPath, places: dict[KeyPath, str]) -> str:
         if key[:length] in places:
             return f"{places[key[:length]]}: "
     return ""
+
+
+def default_value(key: str, values: dict[str, Any]) -> Any:
+    """What a key of a recipe is when it is not given, as JSON; None where it has no default.
+
+    Args:
+        key: dotted.
+        values: of the recipe.
+    """
+    path = tuple(key.split("."))
+    for depth in range(1, len(path)):
+        section = _section_at(path[:depth], values)
+        if section is None:
+            continue
+        field = section.model_fields.get(path[depth])
+        if field is not None and not field.is_required() and depth == len(path) - 1:
+            return json.loads(json.dumps(field.get_default(call_default_factory=True)))
+    return None
 
 
 def _valid_keys(key: KeyPath, values: dict[str, Any]) -> str:

@@ -327,7 +327,7 @@ class _Finder:
                 GatedOperation(self.layer_of[node], macs_per_pixel(node), paths)
                 for node, paths in operations
             ),
-            gate_macs=channels,
+            gate_macs=channels if self.config.policy == "pixel" else 0,
             stride=analysis.stride,
         )
         if not operations:
@@ -441,7 +441,7 @@ class _Finder:
         macs = math.prod(conv.weight.shape)
         cost = SiteCost(
             (GatedOperation(name, macs),),
-            gate_macs=conv.in_channels,
+            gate_macs=conv.in_channels if self.config.policy == "pixel" else 0,
             bypass_macs=macs // taps if bypass == "collapsed" else 0,
             stride=pair(conv.stride),
             offset=offset,

@@ -1,4 +1,4 @@
-"""The stages of a recipe: dense, reference, average and gated, each in a folder of its own.
+"""The stages of a recipe: dense, reference, average, gated and baselines, each in a folder.
 
 A stage that is complete is skipped, one that was interrupted goes on from its last checkpoint.
 """
@@ -10,6 +10,7 @@ import logging
 import platform
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
-from pag_retrofit.recipe import GatedSection, Recipe, Schedule
+from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
+from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import retrofit
 from pag_retrofit.training import Stage, Trainer
 
@@ -56,11 +58,12 @@ _WITHOUT_EFFECT = {
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Runs the stages of a recipe, in the order dense, reference, average, gated.
+    """Runs the stages of a recipe, in the order dense, reference, average, gated, baselines.
 
     Writes `{output}/{stage}/` with `model.safetensors` (the last weights), `best.safetensors`,
     `metrics.json`, `recipe.yaml` and `environment.json`. A gated stage is named by its budget,
-    such as `gated-0.90`, and its folder can be loaded with `from_pretrained`.
+    such as `gated-0.90`, and its folder can be loaded with `from_pretrained`; so are the
+    baselines that are policies of gates.
 
     Returns:
         The content of `metrics.json` by stage.
@@ -85,10 +88,11 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
     for name in ("reference", "average"):
         if recipe.gated is not None and name in recipe.stages:
             stages.append(Stage(name, recipe.output / name, recipe.gated))
-    if recipe.gated is not None and "gated" in recipe.stages:
-        for budget in recipe.gated.budgets:
-            name = f"gated-{budget:.2f}"
-            stages.append(Stage(name, recipe.output / name, recipe.gated, budget))
+    for kind in ("gated", *BASELINES):
+        if recipe.gated is not None and kind in recipe.stages:
+            for budget in recipe.gated.budgets:
+                name = f"{kind}-{budget:.2f}"
+                stages.append(Stage(name, recipe.output / name, recipe.gated, budget, kind))
     return stages
 
 
@@ -106,14 +110,13 @@ def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     network = _starting_network(stage, recipe)
     trainer = Trainer(network, stage, recipe)
     evaluation = trainer.run()
-    if stage.budget is None:
-        if trainer.is_main:
-            save_weights(network, stage.folder / WEIGHTS_NAME)
-    else:
+    if stage.is_gated and stage.kind != "truncation":
         _calibrate(network, stage, recipe, trainer.device)
         evaluation = trainer.evaluate()
-        if trainer.is_main:
-            save_pretrained(network, stage.folder)
+    if trainer.is_main and stage.is_gated:
+        save_pretrained(network, stage.folder)
+    elif trainer.is_main:
+        save_weights(network, stage.folder / WEIGHTS_NAME)
     metrics = trainer.write_metrics(evaluation)
     process_state().wait_for_everyone()
     return metrics
@@ -134,13 +137,12 @@ def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
     if stage.name == "average":
         return average_branches(network, example_input=shape, config=recipe.multipool, inplace=True)
     assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
-    return retrofit(
-        network,
-        stage.budget,
-        example_input=shape,
-        config=RetrofitConfig.from_dict(stage.schedule.retrofit),
-        inplace=True,
-    )
+    if stage.kind == "resizing":
+        return resize_input(network, stage.budget, example_input=shape)
+    config = RetrofitConfig.from_dict(stage.schedule.retrofit)
+    if stage.kind != "gated":
+        config = replace(config, policy=stage.kind)
+    return retrofit(network, stage.budget, example_input=shape, config=config, inplace=True)
 
 
 def _dense_network(recipe: Recipe) -> nn.Module:
@@ -244,10 +246,12 @@ def _check_same_recipe(stage: Stage, recipe: Recipe) -> None:
         return
     there = dict(_settings(stage, yaml.safe_load(file.read_text(encoding="utf-8"))))
     here = dict(_settings(stage, recipe.model_dump(mode="json")))
+    for key in here.keys() - there.keys():  # what the release that began it did not know
+        there[key] = default_value(key, recipe.model_dump(mode="json"))
     differences = [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        f"{key}: {there[key]!r} there, {here.get(key)!r} here"
+        for key in sorted(there)
+        if there[key] != here.get(key)
     ]
     if differences:
         raise RecipeError(
@@ -272,7 +276,7 @@ def _settings(stage: Stage, values: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_used(stage: Stage, key: str) -> bool:
     """Whether a key of the section gated has an effect on a stage."""
-    if stage.budget is not None or key in Schedule.model_fields:
+    if stage.is_gated or key in Schedule.model_fields:
         return True
     return stage.name == "average" and key.startswith("retrofit.multipool")
 

@@ -7,9 +7,10 @@ import copy
 from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
-from pag_retrofit.gates import GatedModule, RetrofitState, state_of
+from pag_retrofit.gates import GatedModule, RetrofitState, named_gates, state_of
 from pag_retrofit.multipool import MultiPoolConv2d
 from pag_retrofit.planning import Surgery
+from pag_retrofit.policies import FixedGate, truncated
 from pag_retrofit.rewriting import GatedBlock
 
 
@@ -23,7 +24,8 @@ def retrofit(
 ) -> nn.Module:
     """Gate a network: each pixel will decide at each site whether to compute.
 
-    In evaluation mode the result gives bit-identical outputs until it is trained. It is an
+    In evaluation mode the result gives bit-identical outputs until it is trained (but with policies
+    that close pixels without looking at them, see `RetrofitConfig.policy`). It is an
     instance of the network's own class with all its state-dict keys; gates add keys whose last
     part but one, or last part, starts with `pag_`.
 
@@ -51,6 +53,11 @@ def retrofit(
     plan = surgery.plan
     plan.check_budget()
     surgery.install()
+    if config.policy == "truncation":
+        dropped = set(truncated(plan.sites, plan.total_macs, budget))
+        for name, gate in named_gates(target):
+            if isinstance(gate, FixedGate):
+                gate.kept.fill_(name not in dropped)
     target.pag_state = RetrofitState(  # type: ignore[assignment]
         config=config,
         budget=float(budget),

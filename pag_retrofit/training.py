@@ -44,13 +44,20 @@ class Stage:
         name: such as `dense` or `gated-0.90`; also the name of its folder.
         folder: where its results go.
         schedule: epochs and learning rates.
-        budget: target compute fraction; None trains an ungated network.
+        budget: target compute fraction, if it has one.
+        kind: `gated`, or how else the budget is met.
     """
 
     name: str
     folder: Path
     schedule: Schedule
     budget: float | None = None
+    kind: str = "gated"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its network has gates."""
+        return self.budget is not None and self.kind != "resizing"
 
 
 class Trainer:
@@ -146,7 +153,7 @@ class Trainer:
             "steps": progress.step,
             "history": progress.history,
         }
-        if self.stage.budget is not None:
+        if self.stage.is_gated:
             state = state_of(self.network)
             metrics["floor"] = state.floor
             metrics["gateable_share"] = state.gateable_share
@@ -200,7 +207,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(_Forward(self.network), optimizer)
         self.accelerator.register_for_checkpointing(self.progress)
         self.annealer: Annealer | None = None
-        if self.stage.budget is not None:
+        if self.stage.is_gated:
             assert isinstance(schedule, GatedSection)
             annealing = schedule.annealing
             self.annealer = Annealer(
@@ -351,7 +358,7 @@ class Trainer:
         if evaluation is not None and self._is_best(record):
             progress.best = {k: v for k, v in record.items() if k != "open_rates"}
             if self.is_main and self.recipe.runtime.keep_best:
-                save = save_weights if self.stage.budget is None else save_file
+                save = save_file if self.stage.is_gated else save_weights
                 save(self.network, self.stage.folder / "best.safetensors")
 
     def _is_best(self, record: Mapping[str, Any]) -> bool:

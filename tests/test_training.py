@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
@@ -163,6 +164,33 @@ def test_average_and_multipool_are_stages_of_one_recipe(recipe):
     with measure(loaded) as measured:
         loaded(torch.rand(1, 3, 64, 64))
     assert set(measured.branch_maps) == {"encoder.layer4.1.conv1", "encoder.layer4.1.conv2"}
+
+
+def test_baselines_are_stages_at_every_budget(recipe):
+    kinds = ("layer", "random", "grid", "truncation", "resizing")
+    stages = f"stages=[dense, {', '.join(kinds)}]"
+    given = recipe(stages, "gated.epochs=1", "dense.epochs=1", "gated.budgets=[0.5]")
+    results = finetune(given)
+    assert list(results) == ["dense", *(f"{kind}-0.50" for kind in kinds)]
+    for kind in kinds:
+        final = results[f"{kind}-0.50"]["final"]
+        assert final["fraction"] == pytest.approx(0.5, abs=0.25), kind
+        folder = given.output / f"{kind}-0.50"
+        if kind != "resizing":
+            assert from_pretrained(folder).pag_state.config.policy == kind
+    weights = load_tensors(given.output / "resizing-0.50" / "model.safetensors")
+    assert weights.keys() == load_tensors(given.output / "dense" / "model.safetensors").keys()
+
+
+def test_folders_of_releases_without_a_setting_are_taken_on(recipe):
+    finetune(recipe("dense.epochs=1"))
+    file = recipe().output / "dense" / "recipe.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["task"]["dice_weight"], values["data"]["flip"]
+    file.write_text(yaml.safe_dump(values))
+    finetune(recipe("dense.epochs=1"))  # complete: skipped
+    with pytest.raises(RecipeError, match="dice_weight: 0.0 there, 0.5 here"):
+        finetune(recipe("dense.epochs=1", "task.dice_weight=0.5"))
 
 
 def test_the_average_needs_branches(recipe):

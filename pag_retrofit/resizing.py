@@ -1,0 +1,100 @@
+"""Smaller inputs: the simplest way to save compute, and so a baseline."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pag_retrofit.errors import BudgetError, PagError
+from pag_retrofit.tracing import MacCounter, example_tensor, in_mode
+
+_DISTORTION = 0.5  # how much a change of proportions counts, next to a change of area
+
+
+class ResizedInput(nn.Module):
+    """What is mixed into the class of a network that sees a smaller input.
+
+    Attributes:
+        pag_resized: Share of the pixels that it sees, and what its input's sizes are multiples of.
+    """
+
+    pag_resized: tuple[float, int]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Shrink the image, run the network, and enlarge its output to the image's size."""
+        size = (image.shape[2], image.shape[3])
+        smaller = smaller_size(size, *self.pag_resized)
+        shrunk = F.interpolate(image, smaller, mode="bilinear", antialias=True)
+        output = super().forward(shrunk)
+        return F.interpolate(output, size, mode="bilinear")
+
+
+def resize_input(
+    network: nn.Module, share: float, *, example_input: Tensor | tuple[int, ...], multiple: int = 32
+) -> nn.Module:
+    """Let a network see a smaller input, and enlarge its output, in place.
+
+    Both by bilinear interpolation. Weights keep their names; the network's class becomes one
+    derived from it. Its attribute `pag_compute_fraction` holds the MACs on the smaller input over
+    those on the example.
+
+    Args:
+        network: It takes and gives one map (B, C, H, W).
+        share: Of the pixels, in (0, 1]; MACs of a fully convolutional network follow it.
+        example_input: Tensor (B, C, H, W), or its shape.
+        multiple: Of which the smaller sizes are. Default 32.
+
+    Raises:
+        BudgetError: The share is not in (0, 1].
+        PagError: The network sees smaller inputs already.
+    """
+    if not 0 < share <= 1:
+        raise BudgetError(f"share={share!r}: expected a fraction of the pixels in (0, 1]")
+    if isinstance(network, ResizedInput):
+        raise PagError(f"{type(network).__name__} sees smaller inputs already: pass the original")
+    example = example_tensor(network, example_input)
+    whole = _macs(network, example)
+    network.__class__ = _resized_class(type(network))  # type: ignore[arg-type]
+    network.__dict__["pag_resized"] = (share, multiple)
+    network.__dict__["pag_compute_fraction"] = _macs(network, example) / whole
+    return network
+
+
+def smaller_size(size: tuple[int, int], share: float, multiple: int) -> tuple[int, int]:
+    """The size whose area and proportions come closest to those wanted.
+
+    Args:
+        size: (H, W).
+        share: Of the area.
+        multiple: Of which both sides of the result are.
+    """
+    choices = []
+    for side in size:
+        exact = side * math.sqrt(share) / multiple
+        choices.append({multiple * max(1, round_(exact)) for round_ in (math.floor, math.ceil)})
+
+    def badness(candidate: tuple[int, int]) -> float:
+        factors = [new / old for new, old in zip(candidate, size, strict=True)]
+        area = abs(math.log(factors[0] * factors[1] / share))
+        return area + _DISTORTION * abs(math.log(factors[0] / factors[1]))
+
+    candidates = ((height, width) for height, width in itertools.product(*choices))
+    return min(candidates, key=badness)
+
+
+@functools.cache
+def _resized_class(original: type) -> type:
+    name = f"Resized{original.__name__}"
+    return type(name, (ResizedInput, original), {"__module__": original.__module__})
+
+
+@torch.no_grad()
+def _macs(network: nn.Module, example: Tensor) -> int:
+    with in_mode(network), MacCounter() as counter:
+        network(example)
+    return counter.macs
