@@ -147,8 +147,10 @@ def truncated(sites: Sequence[Site], total_macs: int, budget: float) -> list[str
     """Which sites truncation drops: the last ones of each stage.
 
     A stage is a run of sites of one part of the network (such as `encoder`) whose outputs have
-    one size. One site at a time, the last one left of the stage that has kept the largest share of
-    its MACs, until the compute fraction is as close to the budget as it gets.
+    one size. Residual branches leave their shortcut, larger convolutions outside of them become
+    1x1; what only a coarse bypass can stand in for stays. One site at a time goes, the last one
+    left of the stage that has kept the largest share of its MACs, until the compute fraction is as
+    close to the budget as it gets.
 
     Args:
         sites: Of a plan, in order.
@@ -160,6 +162,8 @@ def truncated(sites: Sequence[Site], total_macs: int, budget: float) -> list[str
     """
     stages: dict[tuple[str, tuple[int, int]], list[Site]] = defaultdict(list)
     for site in sites:
+        if site.bypass == "coarse":
+            continue
         stages[site.owner.split(".")[0], site.output_size].append(site)
     whole = {key: sum(site.macs for site in stage) for key, stage in stages.items()}
     dropped: list[str] = []
