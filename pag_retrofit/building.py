@@ -21,7 +21,7 @@ from pag_retrofit.data.base import PixelDataset
 from pag_retrofit.errors import CheckpointError
 from pag_retrofit.io import ModelSpec
 from pag_retrofit.recipe import CamVidSection, ModelSection, Recipe
-from pag_retrofit.tasks import SegmentationTask
+from pag_retrofit.tasks import DepthTask, NormalsTask, SegmentationTask, Task
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,12 @@ def evaluation_data(recipe: Recipe, split: str = "val") -> EvaluationDataset:
     return EvaluationDataset(_split(recipe, split), normalize=_normalize(recipe))
 
 
-def build_task(recipe: Recipe, data: PixelDataset) -> SegmentationTask:
-    """The task on the classes of a data set."""
+def build_task(recipe: Recipe, data: PixelDataset) -> Task:
+    """The task of a recipe, for segmentation on the classes of a data set."""
+    if recipe.task.name == "depth":
+        return DepthTask(gradient_weight=recipe.task.gradient_weight)
+    if recipe.task.name == "normals":
+        return NormalsTask()
     return SegmentationTask(
         data.classes, ignore_index=data.ignore_index, dice_weight=recipe.task.dice_weight
     )

@@ -83,9 +83,10 @@ def evaluate(
         _out.print_json(data=evaluation.to_dict())
         return
     table = Table("metric", "value")
-    for name in ("miou", "pixel_accuracy", "fraction", "images", "seconds"):
-        table.add_row(name, f"{evaluation.to_dict()[name]:.4g}")
-    for name, value in evaluation.metrics["iou"].items():
+    for name, number in evaluation.to_dict().items():
+        if isinstance(number, (int, float)):
+            table.add_row(name, f"{number:.4g}")
+    for name, value in evaluation.metrics.get("iou", {}).items():
         table.add_row(f"IoU {name}", "absent" if value is None else f"{value:.4g}")
     _out.print(table)
 
@@ -234,14 +235,16 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _results_table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table("stage", "mIoU", "compute", "best mIoU", "time")
+    metric = next(iter(results.values()))["metric"]
+    shown = {"miou": "mIoU", "mean": "mean angle"}.get(metric, metric)
+    table = Table("stage", shown, "compute", f"best {shown}", "time")
     for name, metrics in results.items():
         final, best = metrics["final"], metrics["best"]
         table.add_row(
             name,
-            f"{final['miou']:.4f}",
+            f"{final[metric]:.4f}",
             f"{final['fraction']:.3f}",
-            f"{best['miou']:.4f}" if best else "-",
+            f"{best[metric]:.4f}" if best else "-",
             f"{metrics['seconds']:.0f} s",
         )
     return table

@@ -30,7 +30,7 @@ from pag_retrofit.io import (
 )
 from pag_retrofit.measurement import Measurement, measure
 from pag_retrofit.recipe import ModelSection, Recipe
-from pag_retrofit.tasks import SegmentationTask
+from pag_retrofit.tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,7 +131,7 @@ def is_gated(network: nn.Module) -> bool:
 def evaluate_network(
     network: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    task: SegmentationTask,
+    task: Task,
     *,
     accelerator: Accelerator | None = None,
     channels_last: bool = False,
@@ -150,7 +150,7 @@ def evaluate_network(
     started = time.perf_counter()
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    counts: Tensor | None = None  # (num_classes, num_classes)
+    counts: Tensor | None = None
     shares = _Shares()
     images = 0
     try:

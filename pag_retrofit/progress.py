@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SHOWN = {
     "loss": "loss",
     "miou": "mIoU",
+    "abs_rel": "abs_rel",
+    "mean": "mean angle",
     "tau": "tau",
     "rho": "rho",
     "fraction": "compute",

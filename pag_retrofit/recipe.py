@@ -185,12 +185,14 @@ class TaskSection(Section):
     """What the network learns.
 
     Attributes:
-        name: the task.
-        dice_weight: weight of the Dice loss next to the cross entropy.
+        name: the task; depth and normals need data that has them.
+        dice_weight: segmentation: weight of the Dice loss next to the cross entropy.
+        gradient_weight: depth: weight of gradient matching next to the scale-invariant loss.
     """
 
-    name: Literal["segmentation"] = "segmentation"
+    name: Literal["segmentation", "depth", "normals"] = "segmentation"
     dice_weight: NonNegative = 0.0
+    gradient_weight: NonNegative = 0.5
 
 
 class Schedule(Section):
@@ -325,6 +327,8 @@ class Recipe(Section):
         for stage in self.stages:
             if stage != "dense" and self.gated is None:
                 raise ValueError(f"the stage {stage} needs the section gated")
+        if self.task.name != "segmentation" and self.data.name == "camvid":
+            raise ValueError(f"the data camvid has no {self.task.name}; use scenes")
         if "average" in self.stages and self.multipool is None:
             raise ValueError("the stage average needs gated.retrofit.multipool")
         return self

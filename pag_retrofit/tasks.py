@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pag_retrofit.errors import TrainingError
+from pag_retrofit.metrics import (
+    SMALLEST_DEPTH,
+    depth_metrics,
+    depth_sums,
+    normal_counts,
+    normal_metrics,
+)
+
+
+class Task(Protocol):
+    """What training and evaluation ask of a task.
+
+    Attributes:
+        metric: name of the metric by which networks are compared.
+        higher_is_better: whether the better network has the higher metric.
+    """
+
+    metric: str
+    higher_is_better: bool
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Training loss, a float32 scalar."""
+
+    def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the metrics are made of, a row (B, ...) per image; rows add up."""
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Scores of a data set from its added-up counts."""
 
 
 class SegmentationTask:
@@ -28,7 +56,7 @@ class SegmentationTask:
     """
 
     metric = "miou"
-    """Name of the metric by which networks are compared; higher is better."""
+    higher_is_better = True
 
     def __init__(
         self, classes: Sequence[str], *, ignore_index: int = 255, dice_weight: float = 0.0
@@ -130,3 +158,121 @@ class SegmentationTask:
                 f"{len(self.classes)} classes at the size of the labels; "
                 "set the number of classes in model.arguments"
             )
+
+
+class DepthTask:
+    """Depth: scale-invariant log loss plus gradient matching, scored by relative error.
+
+    The network's one output channel is the natural logarithm of the depth in metres. Pixels of
+    depth 0 (no reading, padding) count neither in the loss nor in the metrics.
+
+    With d the difference of logarithms at valid pixels, the loss is
+    mean(d^2) - mean(d)^2 / 2 over the batch (Eigen et al. 2014), plus `gradient_weight` times
+    the mean of |d(x) - d(x + 1)| over neighbours in a row or a column, both valid (Li and
+    Snavely 2018, at one scale).
+
+    Args:
+        gradient_weight: weight of gradient matching. Default: 0.5.
+    """
+
+    metric = "abs_rel"
+    higher_is_better = False
+
+    def __init__(self, *, gradient_weight: float = 0.5) -> None:
+        self.gradient_weight = gradient_weight
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Training loss, a float32 scalar; 0 where no pixel is valid.
+
+        Args:
+            output: log depth (B, 1, H, W), any floating dtype.
+            batch: has `depth` (B, 1, H, W) float32 in metres.
+
+        Raises:
+            TrainingError: the output does not have the shape of the depth.
+        """
+        depth = batch["depth"]
+        _check_output(output, depth)
+        valid = depth > 0
+        target = depth.clamp(min=SMALLEST_DEPTH).log()
+        difference = torch.where(valid, output.float() - target, 0.0)
+        pixels = valid.sum().clamp(min=1)
+        mean = difference.sum() / pixels
+        loss = difference.square().sum() / pixels - 0.5 * mean.square()
+        for axis in (-1, -2):
+            last = difference.shape[axis] - 1
+            both = valid.narrow(axis, 0, last) & valid.narrow(axis, 1, last)
+            steps = (difference.diff(dim=axis) * both).abs().sum()
+            loss = loss + self.gradient_weight * steps / both.sum().clamp(min=1)
+        return loss
+
+    def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Sums (B, 9) float64 of `pag_retrofit.metrics.depth_sums`.
+
+        Raises:
+            TrainingError: the output does not have the shape of the depth.
+        """
+        depth = batch["depth"]
+        _check_output(output, depth)
+        # An untrained network may ask for depths beyond every float.
+        prediction = output[:, 0].double().clamp(max=20).exp()
+        return depth_sums(prediction, depth[:, 0], depth[:, 0] > 0)
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Scores of `pag_retrofit.metrics.depth_metrics`; lower `abs_rel` is better."""
+        return depth_metrics(counts)
+
+
+class NormalsTask:
+    """Surface normals: one minus the cosine, scored by the mean angle.
+
+    The network's three output channels, brought to length 1, are the normal in the camera frame.
+    Pixels whose normal has length 0 (no reading, padding) count neither in the loss nor in the
+    metrics.
+    """
+
+    metric = "mean"
+    higher_is_better = False
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Training loss, a float32 scalar; 0 where no pixel is valid.
+
+        Args:
+            output: (B, 3, H, W) of any length, any floating dtype.
+            batch: has `normals` (B, 3, H, W) float32 of length 1, or 0 where unknown.
+
+        Raises:
+            TrainingError: the output does not have the shape of the normals.
+        """
+        normals = batch["normals"]
+        _check_output(output, normals)
+        valid = _has_normal(normals)
+        cosine = F.cosine_similarity(output.float(), normals, dim=1)
+        return ((1 - cosine) * valid).sum() / valid.sum().clamp(min=1)
+
+    def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Histograms (B, 3602) float64 of `pag_retrofit.metrics.normal_counts`.
+
+        Raises:
+            TrainingError: the output does not have the shape of the normals.
+        """
+        normals = batch["normals"]
+        _check_output(output, normals)
+        return normal_counts(output, normals, _has_normal(normals))
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Scores of `pag_retrofit.metrics.normal_metrics`; a lower `mean` is better."""
+        return normal_metrics(counts)
+
+
+def _has_normal(normals: Tensor) -> Tensor:
+    return (normals != 0).any(dim=1)
+
+
+def _check_output(output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise TrainingError(
+            f"the network returned shape {tuple(output.shape)}, expected {tuple(target.shape)}: "
+            "the channels and the size of the target; set the number of output channels "
+            "(classes for SMP) in model.arguments"
+        )

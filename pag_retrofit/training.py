@@ -367,7 +367,10 @@ class Trainer:
         if budget is not None and record["fraction"] > budget + 0.01:
             return False
         best, metric = self.progress.best, self.task.metric
-        return best is None or record[metric] > best[metric]
+        if best is None:
+            return True
+        better = record[metric] > best[metric]
+        return better if self.task.higher_is_better else record[metric] < best[metric]
 
     # Checkpoints -----------------------------------------------------------------------------
 

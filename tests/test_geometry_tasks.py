@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pag_retrofit.data import PadToMultiple, Scenes
+from pag_retrofit.errors import RecipeError, TrainingError
+from pag_retrofit.recipe import load_recipe
+from pag_retrofit.stages import finetune
+from pag_retrofit.tasks import DepthTask, NormalsTask
+
+
+@pytest.fixture
+def batch():
+    """Two scenes, padded, so that some pixels have no depth and no normal."""
+    data = Scenes(2, size=(24, 40))
+    samples = [PadToMultiple(32)(data[index]) for index in range(2)]
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def test_depth_loss_by_hand():
+    depth = torch.tensor([[[[1.0, 1.0], [1.0, 0.0]]]])
+    output = torch.tensor([[[[1.0, 2.0], [3.0, 9.0]]]])
+    # d = 1, 2, 3: mean square 14/3, squared mean 4; one step of 1 in the row, of 2 in the column.
+    loss = DepthTask(gradient_weight=0.5).loss(output, {"depth": depth})
+    assert loss.item() == pytest.approx(14 / 3 - 2 + 0.5 * 1 + 0.5 * 2)
+
+
+def test_normals_loss_by_hand():
+    normals = torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 0, 0]]).T.reshape(1, 3, 1, 3)
+    output = torch.tensor([[0.0, 0, 5], [0, 2, 0], [1, 1, 1]]).T.reshape(1, 3, 1, 3)
+    assert NormalsTask().loss(output, {"normals": normals}).item() == pytest.approx(0.5)
+
+
+def test_the_truth_scores_best_and_padding_does_not_count(batch):
+    depth = torch.where(batch["depth"] > 0, batch["depth"].log(), 7.0)
+    scores = DepthTask().metrics(DepthTask().counts(depth, batch).sum(0))
+    assert scores["abs_rel"] == pytest.approx(0, abs=1e-6) and scores["delta1"] == 1
+    assert DepthTask().loss(depth, batch).item() == pytest.approx(0, abs=1e-9)
+    known = (batch["normals"] != 0).any(1, keepdim=True)
+    normals = torch.where(known, 3 * batch["normals"], 1.0)
+    counts = NormalsTask().counts(normals, batch).sum(0)
+    assert counts[:-1].sum() == 2 * 24 * 40
+    assert NormalsTask().metrics(counts)["mean"] < 0.05
+    assert NormalsTask().loss(normals, batch).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("task", "key"), [(DepthTask(), "depth"), (NormalsTask(), "normals")])
+def test_losses_stay_finite_and_outputs_are_checked(task, key, batch):
+    output = torch.zeros_like(batch[key]).requires_grad_()
+    empty = {key: torch.zeros_like(batch[key])}
+    for target in (batch, empty):
+        loss = task.loss(output, target)
+        (gradient,) = torch.autograd.grad(loss, output)
+        assert math.isfinite(loss.item()) and torch.isfinite(gradient).all()
+    with pytest.raises(TrainingError, match="model.arguments"):
+        task.loss(output[:, :, 1:], batch)
+
+
+@pytest.mark.parametrize("task", ["depth", "normals"])
+def test_recipes_train_and_keep_the_lowest_error(task, tmp_path):
+    settings = ("data.train_count=6", "data.val_count=2", "data.batch_size=2", "dense.epochs=3",
+                "gated.epochs=1", "stages=[dense, gated]", "runtime.trackers=[]",
+                "runtime.evaluate_every=1", f"output={tmp_path}")  # fmt: skip
+    results = finetune(load_recipe(f"recipes/scenes_{task}.yaml", settings))
+    dense = results["dense"]
+    values = [record[dense["metric"]] for record in dense["history"]]
+    assert dense["best"][dense["metric"]] == min(values)
+    assert dense["metric"] == {"depth": "abs_rel", "normals": "mean"}[task]
+    assert abs(results["gated-0.70"]["final"]["fraction"] - 0.7) < 0.1
+
+
+def test_data_without_depth_is_refused(tmp_path):
+    overrides = ("task.name=depth", "data.name=camvid", f"data.root={tmp_path}",
+                 "data={name: camvid, root: " + str(tmp_path) + ", crop: [8, 8]}")  # fmt: skip
+    with pytest.raises(RecipeError, match="camvid has no depth"):
+        load_recipe("recipes/scenes_quick.yaml", overrides)
