@@ -10,18 +10,31 @@ import torch
 from torch import nn
 
 from pag_retrofit.data import (
+    BSDS500,
     Augmentation,
     AugmentedDataset,
     CamVid,
+    Cityscapes,
     EvaluationDataset,
+    KITTISemantic,
+    LabelledFolder,
     Normalize,
+    RGBDFolder,
     Scenes,
 )
 from pag_retrofit.data.base import PixelDataset
 from pag_retrofit.errors import CheckpointError
 from pag_retrofit.io import ModelSpec
-from pag_retrofit.recipe import CamVidSection, ModelSection, Recipe
-from pag_retrofit.tasks import DepthTask, NormalsTask, SegmentationTask, Task
+from pag_retrofit.recipe import (
+    BSDSSection,
+    CamVidSection,
+    CityscapesSection,
+    FolderSection,
+    ModelSection,
+    Recipe,
+    RGBDSection,
+)
+from pag_retrofit.tasks import BoundaryTask, DepthTask, NormalsTask, SegmentationTask, Task
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +146,8 @@ def build_task(recipe: Recipe, data: PixelDataset) -> Task:
         return DepthTask(gradient_weight=recipe.task.gradient_weight)
     if recipe.task.name == "normals":
         return NormalsTask()
+    if recipe.task.name == "boundaries":
+        return BoundaryTask(thresholds=recipe.task.thresholds)
     return SegmentationTask(
         data.classes, ignore_index=data.ignore_index, dice_weight=recipe.task.dice_weight
     )
@@ -146,6 +161,15 @@ def _split(recipe: Recipe, split: str) -> PixelDataset:
     section = recipe.data
     if isinstance(section, CamVidSection):
         return CamVid(section.root, split)
+    if isinstance(section, CityscapesSection):
+        kind = Cityscapes if section.name == "cityscapes" else KITTISemantic
+        return kind(section.root, split)
+    if isinstance(section, FolderSection):
+        return LabelledFolder(section.root, split, classes=section.classes)
+    if isinstance(section, BSDSSection):
+        return BSDS500(section.root, split)
+    if isinstance(section, RGBDSection):
+        return RGBDFolder(section.root, split, normals=recipe.task.name == "normals")
     count = section.train_count if split == "train" else section.val_count
     # Scenes of different seeds differ, so training and validation share none.
     return Scenes(count, size=section.size, seed=2 * recipe.seed + (split != "train"))

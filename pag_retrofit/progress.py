@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SHOWN = {
     "loss": "loss",
     "miou": "mIoU",
+    "ods": "ODS",
     "abs_rel": "abs_rel",
     "mean": "mean angle",
     "tau": "tau",

@@ -181,18 +181,75 @@ class ScenesSection(DataSection):
     size: Size = (128, 160)
 
 
+class CityscapesSection(DataSection):
+    """Cityscapes, or KITTI's semantic benchmark, in their official layouts.
+
+    Attributes:
+        root: folder with `leftImg8bit` and `gtFine`, or with `training`.
+    """
+
+    name: Literal["cityscapes", "kitti_semantic"]
+    root: FolderPath
+
+
+class FolderSection(DataSection):
+    """Any images with label images.
+
+    Attributes:
+        root: folder with `train/images`, `train/labels`, `val/images`, `val/labels`.
+        classes: names of the classes, in the order of the labels' values; 255 is void.
+    """
+
+    name: Literal["folder"]
+    root: FolderPath
+    classes: Annotated[tuple[str, ...], AfterValidator(_not_empty)]
+
+
+class BSDSSection(DataSection):
+    """BSDS500 in its official layout; images are upright or lying, so one is scored at a time.
+
+    Attributes:
+        root: folder that holds `data`.
+    """
+
+    name: Literal["bsds500"]
+    root: FolderPath
+    eval_batch_size: Literal[1] = 1
+
+
+class RGBDSection(DataSection):
+    """A folder of RGB-D frames with intrinsics.
+
+    Attributes:
+        root: folder with `rgb`, `depth`, `K.txt`, `train.txt`, `val.txt`.
+    """
+
+    name: Literal["rgbd"]
+    root: FolderPath
+
+
+_TASKS = {
+    "scenes": ("segmentation", "boundaries", "depth", "normals"),
+    "bsds500": ("boundaries",),
+    "rgbd": ("depth", "normals"),
+}
+"""Data -> tasks; all others have segmentation."""
+
+
 class TaskSection(Section):
     """What the network learns.
 
     Attributes:
-        name: the task; depth and normals need data that has them.
+        name: the task, one that the data has targets for.
         dice_weight: segmentation: weight of the Dice loss next to the cross entropy.
         gradient_weight: depth: weight of gradient matching next to the scale-invariant loss.
+        thresholds: boundaries: number of thresholds at which evaluations match boundaries.
     """
 
-    name: Literal["segmentation", "depth", "normals"] = "segmentation"
+    name: Literal["segmentation", "boundaries", "depth", "normals"] = "segmentation"
     dice_weight: NonNegative = 0.0
     gradient_weight: NonNegative = 0.5
+    thresholds: Count = 19
 
 
 class Schedule(Section):
@@ -314,7 +371,15 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     stages: Stages = ("dense", "reference", "gated")
     model: ModelSection
-    data: Annotated[CamVidSection | ScenesSection, Field(discriminator="name")]
+    data: Annotated[
+        CamVidSection
+        | ScenesSection
+        | CityscapesSection
+        | FolderSection
+        | BSDSSection
+        | RGBDSection,
+        Field(discriminator="name"),
+    ]
     task: TaskSection = TaskSection()
     dense: Schedule | None = None
     gated: GatedSection | None = None
@@ -327,8 +392,12 @@ class Recipe(Section):
         for stage in self.stages:
             if stage != "dense" and self.gated is None:
                 raise ValueError(f"the stage {stage} needs the section gated")
-        if self.task.name != "segmentation" and self.data.name == "camvid":
-            raise ValueError(f"the data camvid has no {self.task.name}; use scenes")
+        offered = _TASKS.get(self.data.name, ("segmentation",))
+        if self.task.name not in offered:
+            raise ValueError(
+                f"task.name {self.task.name}: the data {self.data.name} has targets for "
+                f"{', '.join(offered)}"
+            )
         if "average" in self.stages and self.multipool is None:
             raise ValueError("the stage average needs gated.retrofit.multipool")
         return self
@@ -460,7 +529,15 @@ def _override(values: dict[str, Any], places: dict[KeyPath, str], item: str) -> 
 
 # Error messages ---------------------------------------------------------------------------------
 
-_DATA_SECTIONS: dict[str, type[Section]] = {"camvid": CamVidSection, "scenes": ScenesSection}
+_DATA_SECTIONS: dict[str, type[Section]] = {
+    "camvid": CamVidSection,
+    "scenes": ScenesSection,
+    "cityscapes": CityscapesSection,
+    "kitti_semantic": CityscapesSection,
+    "folder": FolderSection,
+    "bsds500": BSDSSection,
+    "rgbd": RGBDSection,
+}
 
 
 def _describe(error: Any, values: dict[str, Any], places: dict[KeyPath, str]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pag_retrofit.boundaries import boundary_counts, boundary_metrics, boundary_thresholds
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.metrics import (
     SMALLEST_DEPTH,
@@ -17,6 +19,9 @@ from pag_retrofit.metrics import (
     normal_counts,
     normal_metrics,
 )
+
+AGREEMENT = 0.3
+"""Share of annotators from which a pixel is a boundary in training."""
 
 
 class Task(Protocol):
@@ -263,6 +268,75 @@ class NormalsTask:
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of `pag_retrofit.metrics.normal_metrics`; a lower `mean` is better."""
         return normal_metrics(counts)
+
+
+class BoundaryTask:
+    """Boundaries: balanced cross entropy, scored by the F measure of the BSDS protocol.
+
+    The network's one output channel is the logit of a boundary. Where at least `AGREEMENT` of the
+    annotators see a boundary there is one, where some do the pixel does not count, and elsewhere
+    there is none (Liu et al., CVPR 2017). Both kinds of pixels weigh alike in each image (Xie & Tu,
+    ICCV 2015).
+
+    Args:
+        thresholds: at which evaluations match boundaries. Default: 19; papers use 99, as
+            `pag-retrofit score boundaries` does.
+    """
+
+    metric = "ods"
+    higher_is_better = True
+
+    def __init__(self, *, thresholds: int = 19) -> None:
+        self.thresholds = boundary_thresholds(thresholds)
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Training loss, a float32 scalar.
+
+        Args:
+            output: logits (B, 1, H, W), any floating dtype.
+            batch: has `boundary` (B, 1, H, W) float32, the share of annotators; negative where
+                there is no image.
+
+        Raises:
+            TrainingError: the output does not have the shape of the boundaries.
+        """
+        boundary = batch["boundary"]
+        _check_output(output, boundary)
+        positive, negative = boundary >= AGREEMENT, boundary == 0
+        counts = [mask.sum((1, 2, 3), keepdim=True).float() for mask in (positive, negative)]
+        total = (counts[0] + counts[1]).clamp(min=1)
+        weight = positive * (counts[1] / total) + negative * (counts[0] / total)
+        losses = F.binary_cross_entropy_with_logits(
+            output.float(), positive.float(), weight=weight, reduction="sum"
+        )
+        return losses / total.sum()
+
+    def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Counts (B, T + 1, 4) float64 of `pag_retrofit.boundaries.boundary_counts`.
+
+        Args:
+            output: logits (B, 1, H, W).
+            batch: has `annotators` (B, 1, H, W) int64, or one `boundary`.
+
+        Raises:
+            TrainingError: the output does not have the shape of the boundaries.
+        """
+        _check_output(output, batch["boundary"])
+        strength = torch.sigmoid(output.float())[:, 0].cpu().numpy()
+        drawn = batch.get("annotators", batch["boundary"])[:, 0].cpu().numpy()
+        rows = []
+        for prediction, bits in zip(strength, drawn, strict=True):
+            height, width = ((bits >= 0).any(axis).sum() for axis in (1, 0))  # without padding
+            bits = bits[:height, :width].astype(np.int64)
+            annotators = range(max(1, int(bits.max()).bit_length()))
+            masks = [(bits >> k & 1).astype(bool) for k in annotators]
+            rows.append(boundary_counts(prediction[:height, :width], masks, self.thresholds))
+        return torch.from_numpy(np.stack(rows)).to(output.device)
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Scores of `pag_retrofit.boundaries.boundary_metrics`; a higher `ods` is better."""
+        scores = boundary_metrics(counts.cpu().numpy(), self.thresholds)
+        return dict(scores)
 
 
 def _has_normal(normals: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def test_form_and_values_of_the_result(
     assert torch.equal(padded, out["depth"][0] == 0)
     assert torch.equal(padded, (out["normals"] == 0).all(0))
     assert (out["image"][:, padded] == 0.5).all()
-    assert (out["boundary"][0, padded] == 0).all()
-    assert set(out["boundary"].unique().tolist()) <= {0.0, 1.0}
+    assert (out["boundary"][0, padded] == -1).all()
+    assert set(out["boundary"].unique().tolist()) <= {-1.0, 0.0, 1.0}
     assert (~padded).any()
 
 

@@ -76,7 +76,7 @@ def test_all_problems_are_reported_at_once_with_key_line_and_hint(write):
         ("data.crop=[64]", "data.crop.1"),
         ("data.crop=[64, a]", "data.crop.1: got 'a'"),
         ("data.scale=[1.5, 0.5]", "scale must be [smallest, largest]"),
-        ("data.name=cityscapes", "data.name: expected one of camvid, scenes"),
+        ("data.name=imagenet", "data.name: expected one of camvid, scenes"),
         ("data.rooot=x", "unknown key data.rooot"),
         ("data=3", "data"),
         ("model.checkpoint=nowhere.safetensors", "there is no file nowhere.safetensors"),

@@ -2,7 +2,7 @@
 
 Everything works on samples (see `pag_retrofit.data.base.Sample`) and treats all maps of one
 sample alike. Padding has a fixed value for each map: 0.5 for `image`, `IGNORE_INDEX` for
-`label`, 0 for `depth` and `normals` (no reading) and for `boundary`.
+`label`, 0 for `depth` and `normals` (no reading), -1 for `boundary` and `annotators`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _PADDING = {
     "label": IGNORE_INDEX,
     "depth": 0.0,
     "normals": 0.0,
-    "boundary": 0.0,
+    "boundary": -1.0,
+    "annotators": -1,
 }
 
 

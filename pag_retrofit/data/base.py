@@ -11,7 +11,9 @@ from torch.utils.data import Dataset
 Sample = dict[str, Tensor]
 """One item, channels first: `image` (3, H, W) float32 in [0, 1] and `label` (H, W) int64, and
 where the data has them `depth` (1, H, W) float32 in metres, `normals` (3, H, W) float32 of unit
-length in the camera frame, and `boundary` (1, H, W) float32 in {0, 1}."""
+length in the camera frame, `boundary` (1, H, W) float32, the share of annotators who see one, and
+`annotators` (1, H, W) int64, in which bit k is set where annotator k sees one. Where padding was
+added both are -1, and depth and normals 0."""
 
 IGNORE_INDEX = 255
 """Label of pixels that belong to no class: they count in no loss and in no metric."""
