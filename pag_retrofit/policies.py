@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pag_retrofit.sites import Site
 
 _GRID_DOUBLINGS = 3  # the order of a grid's pixels repeats every 2^3 rows and columns
+_PACE = 5.0  # a bias alone has to move as fast as the weights of a pixel gate together
 _ALWAYS = 1e9  # a logit that no offset changes the sign of
 
 
@@ -50,10 +51,13 @@ class InputFreeGate(PixelGate):
         """Build it, without weights for the input's channels."""
         super().__init__(*arguments, **keywords)
         del self.weight
+        with torch.no_grad():
+            self.bias.div_(_PACE)
 
     def logits(self, x: Tensor) -> Tensor:
         """The same at every pixel, (B, 1, h, w)."""
-        return self.bias.float().view(1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
+        logit = self.bias.float() * _PACE
+        return logit.view(1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
 
     def standing_mask(self, shape: tuple[int, int, int, int]) -> Tensor:
         """The mask (B, 1, h, w) of evaluation, for any input."""
@@ -68,7 +72,7 @@ class RandomGate(InputFreeGate):
     """Random perforation: pixels are computed at random, at a rate that each site learns.
 
     Drawn anew for every image in training; in evaluation one draw per site serves all images.
-    The rate is sigmoid(bias + offset), whatever the temperature.
+    The rate is the sigmoid of the logit, whatever the temperature.
     """
 
     def decide(self, logits: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ class GridGate(InputFreeGate):
 
     Pixels open in the order of an 8x8 dither matrix (Bayer 1973): a rate of 1/4 opens every second
     pixel of every second row (as in PerforatedCNNs, Figurnov et al., NeurIPS 2016). The
-    gradient is that of sigmoid(bias), the rate.
+    gradient is that of the rate.
     """
 
     def decide(self, logits: Tensor) -> Tensor:

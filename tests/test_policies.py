@@ -68,7 +68,8 @@ def test_random_pixels_are_open_at_the_rate_that_was_learned() -> None:
     gated = gated_by("random")
     with torch.no_grad():
         for _, gate in named_gates(gated):
-            gate.get_parameter("bias").fill_(-1.0)
+            gate.get_parameter("bias").zero_()
+            gate.offset.fill_(-1.0)
     mask = next(iter(masks_of(gated, torch.randn(2, 3, 256, 256)).values()))
     assert float(mask.float().mean()) == pytest.approx(0.269, abs=0.03)
 
@@ -77,7 +78,8 @@ def test_random_pixels_are_open_at_the_rate_that_was_learned() -> None:
 def test_a_grid_is_regular(rate: float, step: int) -> None:
     gate = next(gate for _, gate in named_gates(gated_by("grid")) if isinstance(gate, GridGate))
     with torch.no_grad():
-        gate.bias.fill_(torch.logit(torch.tensor(rate)))
+        gate.bias.zero_()
+        gate.offset.fill_(float(torch.logit(torch.tensor(rate))))
     mask = gate.standing_mask((1, 1, 20, 24))[0, 0]
     expected = torch.zeros(20, 24)
     expected[::step, ::step] = 1
