@@ -1,4 +1,4 @@
-"""The command line: `pag-retrofit finetune`, `evaluate`, `plan` and `benchmark`."""
+"""The command line: `pag-retrofit finetune`, `evaluate`, `score`, `plan` and `benchmark`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,43 @@ def evaluate(
     for name, value in evaluation.metrics.get("iou", {}).items():
         table.add_row(f"IoU {name}", "absent" if value is None else f"{value:.4g}")
     _out.print(table)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="segmentation, boundaries, depth or normals")],
+    predictions: Annotated[Path, typer.Argument(help="folder of png or npy files")],
+    ground_truth: Annotated[
+        Path, typer.Argument(help="folder of files of the same names; boundaries: of mat files")
+    ],
+    thresholds: Annotated[int, typer.Option(help="boundaries: number of thresholds")] = 99,
+    tolerance: Annotated[
+        float, typer.Option(help="boundaries: of matches, as a share of the diagonal")
+    ] = 0.0075,
+    ignore: Annotated[int, typer.Option(help="segmentation: label that does not count")] = 255,
+    depth_scale: Annotated[float, typer.Option(help="depth: png values of a metre")] = 1000.0,
+    crop: Annotated[str, typer.Option(help="depth: eigen or garg")] = "",
+    workers: Annotated[int | None, typer.Option(help="processes; default one per core")] = None,
+) -> None:
+    """Scores stored predictions of any method, matched by name; prints JSON."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from pag_retrofit.scoring import ScoreOptions
+    from pag_retrofit.scoring import score as run
+
+    options = ScoreOptions(thresholds, tolerance, ignore, depth_scale, crop)
+    columns = (f"scoring {task}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err) as bar:
+        row = bar.add_task(task, total=None)
+        scores = run(
+            task,
+            predictions,
+            ground_truth,
+            options,
+            workers=workers,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
+        )
+    _out.print_json(data=scores)
 
 
 @app.command()

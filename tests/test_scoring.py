@@ -1,0 +1,124 @@
+"""`pag-retrofit score`: files in, the field's metrics out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_loaders import save_annotations
+
+from pag_retrofit.errors import PagError
+from pag_retrofit.scoring import ScoreOptions, score
+
+SIZE = (40, 60)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "truth").mkdir()
+    return tmp_path / "predictions", tmp_path / "truth"
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+
+
+def generator() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_segmentation(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    label = np.zeros(SIZE, np.uint8)
+    label[:, 30:] = 3
+    label[:4] = 255
+    predicted = np.where(np.arange(60) < 40, 0, 3).astype(np.uint8) * np.ones(SIZE, np.uint8)
+    save(predictions / "a.png", predicted)
+    save(truth / "a.png", label)
+    scores = score("segmentation", *folders, workers=1)
+    assert scores["pixel_accuracy"] == pytest.approx(50 / 60)
+    assert scores["iou"] == pytest.approx({"0": 30 / 40, "3": 20 / 30})
+    assert scores["miou"] == pytest.approx((30 / 40 + 20 / 30) / 2)
+
+
+@pytest.mark.parametrize("kind", ["npy", "8", "16"])
+def test_depth_in_any_format(folders: tuple[Path, Path], kind: str) -> None:
+    predictions, truth = folders
+    metres = generator().uniform(1, 4, SIZE)
+    if kind == "npy":
+        save(predictions / "a.npy", (1.1 * metres).astype(np.float32))
+        save(truth / "a.npy", np.where(metres < 1.5, 0, metres).astype(np.float32))
+        options = ScoreOptions()
+    else:
+        scale, form = (50.0, np.uint8) if kind == "8" else (5000.0, np.uint16)
+        metres = np.round(metres * scale / 10) * 10 / scale
+        save(predictions / "a.png", (1.1 * metres * scale).round().astype(form))
+        save(truth / "a.png", (np.where(metres < 1.5, 0, metres) * scale).round().astype(form))
+        options = ScoreOptions(depth_scale=scale)
+    scores = score("depth", *folders, options, workers=1)
+    assert scores["abs_rel"] == pytest.approx(0.1, abs=2e-3)
+    assert scores["delta1"] == 1
+
+
+def test_normals(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    flat = np.zeros((*SIZE, 3))
+    flat[..., 2] = -1
+    tilted = np.zeros((*SIZE, 3))
+    tilted[..., 0], tilted[..., 2] = np.sin(np.radians(20)), -np.cos(np.radians(20))
+    save(predictions / "a.png", np.round((tilted + 1) * 127.5).astype(np.uint8))
+    flat[:10] = 0
+    save(truth / "a.npy", flat.transpose(2, 0, 1))
+    scores = score("normals", *folders, workers=1)
+    assert scores["mean"] == pytest.approx(20, abs=0.5)
+    assert (scores["within_11_25"], scores["within_22_5"]) == (0, 1)
+
+
+def test_boundaries_from_the_command_line(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    for name in ("a", "b", "c"):
+        drawn = np.zeros(SIZE, bool)
+        drawn[:, generator().integers(5, 50)] = True
+        save_annotations(truth / f"{name}.mat", [drawn, drawn])
+        strength = np.where(drawn, 200, 0).astype(np.uint8)
+        save(predictions / f"{name}.png", strength)
+    save(predictions / "extra.png", strength)
+    command = [sys.executable, "-m", "pag_retrofit", "score", "boundaries"]
+    command += [str(predictions), str(truth), "--thresholds", "9", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    scores: dict[str, Any] = json.loads(done.stdout)
+    assert scores["images"] == 3
+    assert scores["ods"] == scores["ois"] == scores["ods_recall"] == scores["ods_precision"] == 1
+    assert 0 < scores["ods_threshold"] <= 0.8
+    assert "1 predictions without ground truth" in done.stderr
+
+
+def test_bad_input_is_named(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    with pytest.raises(PagError, match="task='poses'"):
+        score("poses", *folders)
+    with pytest.raises(PagError, match="no files"):
+        score("depth", *folders)
+    save(truth / "a.npy", np.ones(SIZE))
+    save(truth / "b.npy", np.ones(SIZE))
+    save(predictions / "a.npy", np.ones((3, 3)))
+    with pytest.raises(PagError, match=r"1 of 2 images have no prediction.* such as b"):
+        score("depth", *folders)
+    save(predictions / "b.npy", np.ones(SIZE))
+    with pytest.raises(PagError, match=r"a\.npy: .*shape"):
+        score("depth", *folders, workers=1)
+    with pytest.raises(PagError, match="there is no folder"):
+        score("depth", predictions / "none", truth)
+    np.save(predictions / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(PagError, match="cannot read"):
+        score("depth", *folders, workers=1)
