@@ -128,10 +128,10 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _map(
-    function: Callable[[tuple[Path, Path]], Any],
+    function: Callable[[tuple[Path, Path]], np.ndarray],
     pairs: list[tuple[Path, Path]],
     workers: int | None,
-) -> Any:
+) -> Iterator[np.ndarray]:
     workers = min(workers or os.cpu_count() or 1, len(pairs))
     if workers == 1:
         yield from map(function, pairs)
