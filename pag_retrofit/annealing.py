@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 from torch import nn
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.gates import named_gates, state_of, turn_dials
 
 
 class Annealer:
@@ -23,9 +24,12 @@ class Annealer:
         ramp: Fraction of the steps after which the targets are reached, in (0, 1].
         temperature: (first, last), both > 0.
         budget: Compute fraction to end at; default the budget of the retrofit.
+        dial: (smallest, largest) budget to train one network for. Steps then take in turn the
+            smallest, the largest and a random one between (the sandwich of Yu & Huang, ICCV 2019),
+            and gates are told which. Needs `GateConfig.dial`.
 
     Raises:
-        PagError: An argument is out of range.
+        PagError: An argument is out of range, or the gates have no dial.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Annealer:
         ramp: float = 0.5,
         temperature: tuple[float, float] = (1.0, 0.2),
         budget: float | None = None,
+        dial: tuple[float, float] | None = None,
     ):
         """Start at rho = 1."""
         self.state = state_of(gated)
@@ -51,6 +56,15 @@ class Annealer:
                 f"budget={budget!r}: expected a compute fraction from the floor "
                 f"{self.state.lowest_budget:.3f} to 1"
             )
+        if dial is not None and not self.state.lowest_budget <= dial[0] < dial[1] <= 1:
+            raise PagError(
+                f"dial={dial!r}: expected (smallest, largest) budget, from the floor "
+                f"{self.state.lowest_budget:.3f} to 1"
+            )
+        if dial is not None and not self.state.config.gate.dial:
+            raise PagError("dial: the gates have none; retrofit with GateConfig(dial=True)")
+        self.dial = dial
+        self.gated = gated
         self.ramp_steps = max(1, round(total_steps * ramp))
         self.temperature = temperature
         self.steps = 0
@@ -59,7 +73,7 @@ class Annealer:
     @property
     def rho(self) -> float:
         """Target compute fraction now."""
-        return self._between(1.0, self.budget)
+        return self._between(1.0, self._target())
 
     @property
     def tau(self) -> float:
@@ -84,7 +98,17 @@ class Annealer:
         progress = min(1.0, self.steps / self.ramp_steps)
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def _target(self) -> float:
+        """The budget, or that of the dial in this step."""
+        if self.dial is None:
+            return self.budget
+        low, high = self.dial
+        # Of the step alone, so that a resumed training draws the same.
+        drawn = random.Random(self.steps).uniform(low, high)
+        return (low, high, drawn)[self.steps % 3]
+
     def _apply(self) -> None:
         self.state.rho = self.rho
+        turn_dials(self.gated, self.rho)
         for gate in self.gates:
             gate.temperature.fill_(self.tau)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pag_retrofit.errors import BudgetError, PagError
-from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.gates import named_gates, state_of, turn_dials
 from pag_retrofit.measurement import measure
 from pag_retrofit.tracing import in_mode
 
@@ -59,6 +59,7 @@ def calibrate(
         raise PagError("batches or budgets is empty: expected at least one of each")
     reached = {}
     for budget in budgets:
+        turn_dials(gated, budget)
         with in_mode(gated):
             offset, fraction = _search(gated, images, budget)
         state.operating_points[float(budget)] = offset
@@ -91,6 +92,7 @@ def set_budget(gated: nn.Module, budget: float) -> None:
             "calibrate(gated, batches, budgets=...) for others"
         )
     state.active_budget = float(budget)
+    turn_dials(gated, budget)
     _set_offset(gated, state.operating_points[budget])
 
 

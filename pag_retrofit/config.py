@@ -21,9 +21,12 @@ class GateConfig:
     Args:
         initial_probability: Probability of computing a pixel right after the retrofit, in
             (0.5, 1). Above 0.5 every gate is open in evaluation, so outputs do not change.
+        dial: Give each gate a slope by which its logit falls as the budget does, so that one
+            network can be trained for a range of budgets; see `Annealer`.
     """
 
     initial_probability: float = 0.99
+    dial: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -32,6 +35,8 @@ class GateConfig:
                 f"gate.initial_probability={self.initial_probability!r}: expected a number "
                 "between 0.5 and 1 (exclusive), so that gates start open; try 0.99"
             )
+        if not isinstance(self.dial, bool):
+            raise PagError(f"gate.dial={self.dial!r}: expected true or false")
 
 
 @dataclass(frozen=True)

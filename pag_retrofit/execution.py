@@ -455,12 +455,12 @@ class Decide(Step):
     def _parameters(self) -> tuple[Tensor, Tensor]:
         """Weight (C,) and bias (1,) of the logit."""
         gate = self.gate
-        return gate.weight.flatten() * gate.scale, gate.bias + gate.offset
+        return gate.weight.flatten() * gate.scale, gate.bias + gate.shift
 
     def _versions(self) -> tuple[float, ...]:
         """Different after a parameter has changed or was replaced."""
         gate = self.gate
-        tensors = (gate.weight, gate.bias, gate.offset)
+        tensors = (*gate.parameters(), *gate.buffers())
         return (gate.scale, *(number for x in tensors for number in (id(x), x._version)))
 
     def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ from pag_retrofit.functional import (
 )
 from pag_retrofit.tracing import UntraceableError, in_mode
 
+DIAL_PACE = 5.0
+"""Logits by which a dial of slope 1 shifts gates at the lowest budget: a single slope has to move
+as fast in training as all weights of a gate together."""
+
 
 @dataclass(frozen=True)
 class MaskOverride:
@@ -55,6 +59,7 @@ class Gate(nn.Module):
 
     temperature: Tensor
     offset: Tensor
+    setting: Tensor
     layout = "BCHW"
 
     def __init__(self, cost: SiteCost, site: str, inside: str = ""):
@@ -101,6 +106,7 @@ class PixelGate(Gate):
         layout: Axes of the site's input: `"BCHW"`, `"BHWC"` or `"BNC"`.
         site: Name of the site, as in the plan.
         initial_probability: Of computing a pixel, before training.
+        dial: Have a slope by which the logit falls with the budget.
         copy_input: Keep a copy for the backward pass: the site changes its input in place.
     """
 
@@ -112,6 +118,7 @@ class PixelGate(Gate):
         layout: str = "BCHW",
         site: str = "",
         initial_probability: float = 0.99,
+        dial: bool = False,
         copy_input: bool = False,
     ):
         """Build an open gate."""
@@ -124,6 +131,21 @@ class PixelGate(Gate):
         self.scale = channels**-0.5
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
+        if dial:
+            self.dial = nn.Parameter(torch.zeros(1))
+            self.register_buffer("setting", torch.zeros(()))
+
+    @property
+    def shift(self) -> Tensor:
+        """What is added to all logits: the calibrated offset, less what the dial is turned down."""
+        if not self.has_dial:
+            return self.offset
+        return self.offset - DIAL_PACE * self.setting * self.dial
+
+    @property
+    def has_dial(self) -> bool:
+        """Whether the budget has a say in the logit."""
+        return "dial" in self._parameters
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map the site's input to a float32 mask (B, 1, h, w) of zeros and ones.
@@ -138,7 +160,7 @@ class PixelGate(Gate):
         kept = subsample(x, self.cost.stride, self.cost.offset, size)
         if self.copy_input and torch.is_grad_enabled():
             kept = kept.clone()
-        logits = self.logits(kept) + self.offset
+        logits = self.logits(kept) + self.shift
         if self.override is not None:
             return self.override.mask(logits)
         if not self.training:
@@ -372,6 +394,15 @@ def named_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
     for module in gated.modules():
         if isinstance(module, Gate):
             yield module.site, module
+
+
+def turn_dials(gated: nn.Module, fraction: float) -> None:
+    """Tell gates with a dial which compute fraction is wanted: 0 at 1, 1 at the floor."""
+    state = state_of(gated)
+    span = 1 - state.lowest_budget
+    for _, gate in named_gates(gated):
+        if isinstance(gate, PixelGate) and gate.has_dial:
+            gate.setting.fill_((1 - fraction) / span if span > 0 else 0.0)
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:

@@ -384,6 +384,7 @@ class Surgery:
                 layout=site.layout,
                 site=site.name,
                 initial_probability=probability,
+                dial=self.config.gate.dial,
                 copy_input=site.overwritten,
             )
         else:

@@ -61,7 +61,7 @@ class InputFreeGate(PixelGate):
 
     def standing_mask(self, shape: tuple[int, int, int, int]) -> Tensor:
         """The mask (B, 1, h, w) of evaluation, for any input."""
-        return self.decide(self.logits(torch.empty(shape, device="meta")) + self.offset)
+        return self.decide(self.logits(torch.empty(shape, device="meta")) + self.shift)
 
     def extra_repr(self) -> str:
         """Show the stride."""

@@ -29,8 +29,9 @@ from pag_retrofit.config import MultiPoolConfig, RetrofitConfig
 from pag_retrofit.errors import RecipeError
 
 Stage = Literal[
-    "dense", "reference", "average", "gated", "layer", "random", "grid", "truncation", "resizing"
-]
+    "dense", "reference", "average", "gated", "dial",
+    "layer", "random", "grid", "truncation", "resizing",
+]  # fmt: skip
 BASELINES: tuple[Stage, ...] = ("layer", "random", "grid", "truncation", "resizing")
 """Stages that meet the budgets in other ways than pixel gates."""
 
@@ -355,9 +356,10 @@ class Recipe(Section):
         name: name of the run.
         output: folder of the results.
         seed: seed of weights, data order, augmentation and gate noise.
-        stages: what is run, in the order dense, reference, average, gated, and the baselines
-            `layer`, `random`, `grid`, `truncation` (policies of `pag_retrofit.RetrofitConfig`) and
-            `resizing` (smaller inputs), which are run at each budget too.
+        stages: what is run, in the order dense, reference, average, gated, `dial` (one network for
+            all budgets from the smallest to the largest), and the baselines, which are run at
+            each budget too: `layer`, `random`, `grid`, `truncation` (policies of
+            `pag_retrofit.RetrofitConfig`) and `resizing` (smaller inputs).
         model: the network.
         data: the data set.
         task: the task.

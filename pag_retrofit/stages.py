@@ -33,6 +33,7 @@ from pag_retrofit.checkpoints import write_json, write_text
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
+from pag_retrofit.evaluation import Evaluation
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
@@ -88,6 +89,9 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
     for name in ("reference", "average"):
         if recipe.gated is not None and name in recipe.stages:
             stages.append(Stage(name, recipe.output / name, recipe.gated))
+    if recipe.gated is not None and "dial" in recipe.stages:
+        lowest = min(recipe.gated.budgets)
+        stages.append(Stage("dial", recipe.output / "dial", recipe.gated, lowest, "dial"))
     for kind in ("gated", *BASELINES):
         if recipe.gated is not None and kind in recipe.stages:
             for budget in recipe.gated.budgets:
@@ -111,8 +115,7 @@ def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     trainer = Trainer(network, stage, recipe)
     evaluation = trainer.run()
     if stage.is_gated and stage.kind != "truncation":
-        _calibrate(network, stage, recipe, trainer.device)
-        evaluation = trainer.evaluate()
+        evaluation = _calibrate_and_evaluate(network, stage, recipe, trainer)
     if trainer.is_main and stage.is_gated:
         save_pretrained(network, stage.folder)
     elif trainer.is_main:
@@ -140,7 +143,9 @@ def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
     if stage.kind == "resizing":
         return resize_input(network, stage.budget, example_input=shape)
     config = RetrofitConfig.from_dict(stage.schedule.retrofit)
-    if stage.kind != "gated":
+    if stage.kind == "dial":
+        config = replace(config, gate=replace(config.gate, dial=True))
+    elif stage.kind != "gated":
         config = replace(config, policy=stage.kind)
     return retrofit(network, stage.budget, example_input=shape, config=config, inplace=True)
 
@@ -159,8 +164,14 @@ def _dense_network(recipe: Recipe) -> nn.Module:
     return network
 
 
-def _calibrate(network: nn.Module, stage: Stage, recipe: Recipe, device: torch.device) -> None:
-    """Sets the gates' thresholds so that training images, not augmented, meet the budget."""
+def _calibrate_and_evaluate(
+    network: nn.Module, stage: Stage, recipe: Recipe, trainer: Trainer
+) -> Evaluation:
+    """Sets the gates' thresholds so that training images, not augmented, meet the budget.
+
+    Returns:
+        The evaluation at the stage's budget; those at other operating points are noted.
+    """
     assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
     data = evaluation_data(recipe, "train")
     size = recipe.data.eval_batch_size
@@ -169,11 +180,19 @@ def _calibrate(network: nn.Module, stage: Stage, recipe: Recipe, device: torch.d
     chosen = Subset(data, [i * len(data) // count for i in range(count)])
     layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
     images = [
-        batch["image"].to(device, memory_format=layout)
+        batch["image"].to(trainer.device, memory_format=layout)
         for batch in DataLoader(chosen, batch_size=size)
     ]
-    calibrate(network, images, budgets=(stage.budget,))
+    budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (stage.budget,)
+    calibrate(network, images, budgets=budgets)
+    evaluations = {}
+    for budget in budgets:
+        set_budget(network, budget)
+        evaluations[budget] = trainer.evaluate()
     set_budget(network, stage.budget)
+    if len(budgets) > 1:
+        trainer.operating_points = {f"{b:.2f}": e.to_dict() for b, e in evaluations.items()}
+    return evaluations[stage.budget]
 
 
 # What is written beside the weights -------------------------------------------------------------

@@ -78,6 +78,7 @@ class Trainer:
         self.recipe = recipe
         self.progress = Progress()
         self.accelerator = _accelerator(recipe, stage)
+        self.operating_points: dict[str, dict[str, Any]] = {}
         self.checkpoints = Checkpoints(stage.folder / "checkpoints", self.accelerator)
         self.network = network.to(self.accelerator.device)
         if recipe.runtime.channels_last:
@@ -155,6 +156,7 @@ class Trainer:
         }
         if self.stage.is_gated:
             state = state_of(self.network)
+            metrics["operating_points"] = self.operating_points
             metrics["floor"] = state.floor
             metrics["gateable_share"] = state.gateable_share
             metrics["total_macs"] = state.total_macs
@@ -210,11 +212,13 @@ class Trainer:
         if self.stage.is_gated:
             assert isinstance(schedule, GatedSection)
             annealing = schedule.annealing
+            budgets = schedule.budgets
             self.annealer = Annealer(
                 self.network,
                 self.total_steps,
                 ramp=annealing.ramp,
                 temperature=annealing.temperature,
+                dial=(min(budgets), max(budgets)) if self.stage.kind == "dial" else None,
             )
             self.accelerator.register_for_checkpointing(self.annealer)
 

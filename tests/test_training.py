@@ -182,6 +182,18 @@ def test_baselines_are_stages_at_every_budget(recipe):
     assert weights.keys() == load_tensors(given.output / "dense" / "model.safetensors").keys()
 
 
+def test_the_dial_is_one_network_scored_at_every_budget(recipe):
+    settings = ("stages=[dense, dial]", "gated.epochs=2", "dense.epochs=1")
+    given = recipe(*settings, "gated.budgets=[0.9, 0.6]", "gated.gate_lr=0.5")
+    results = finetune(given)
+    assert list(results) == ["dense", "dial"]
+    points = results["dial"]["operating_points"]
+    assert list(points) == ["0.60", "0.90"]
+    assert points["0.60"]["fraction"] < points["0.90"]["fraction"]
+    assert results["dial"]["final"] == points["0.60"]
+    assert set(from_pretrained(given.output / "dial").pag_state.operating_points) == {0.6, 0.9}
+
+
 def test_folders_of_releases_without_a_setting_are_taken_on(recipe):
     finetune(recipe("dense.epochs=1"))
     file = recipe().output / "dense" / "recipe.yaml"
