@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pag_retrofit.errors import BudgetError, PagError
-from pag_retrofit.gates import named_gates, state_of, turn_dials
+from pag_retrofit.gates import PixelGate, named_gates, state_of, turn_dials
 from pag_retrofit.measurement import measure
 from pag_retrofit.tracing import in_mode
 
 logger = logging.getLogger(__name__)
 
+MODES = ("average", "per_image")
 TOLERANCE = 0.005
 """A calibrated fraction further from its budget than this (0.5 points) is warned about."""
 
@@ -57,12 +58,15 @@ def calibrate(
     images = [batch.detach() for batch in batches]
     if not images or not budgets:
         raise PagError("batches or budgets is empty: expected at least one of each")
+    for _, gate in named_gates(gated):
+        gate.rate = None
     reached = {}
     for budget in budgets:
         turn_dials(gated, budget)
         with in_mode(gated):
-            offset, fraction = _search(gated, images, budget)
+            offset, fraction, rates = _search(gated, images, budget)
         state.operating_points[float(budget)] = offset
+        state.open_rates[float(budget)] = rates
         reached[float(budget)] = fraction
         if abs(fraction - budget) > TOLERANCE:
             logger.warning(
@@ -75,16 +79,23 @@ def calibrate(
     return reached
 
 
-def set_budget(gated: nn.Module, budget: float) -> None:
+def set_budget(gated: nn.Module, budget: float, mode: str = "average") -> None:
     """Switch a calibrated network to another compute budget.
 
     Args:
-        gated: A gated network.
+        gated: A gated network, or a deployed one.
         budget: One of its operating points.
+        mode: `"average"` meets the budget over many images: hard ones take more. `"per_image"`
+            lets every gate open the same number of pixels in each image, those with the largest
+            logits, for steady latency: what a gate opened on average in calibration. What is left
+            of a difference between images is halos.
 
     Raises:
         BudgetError: The network was not calibrated for the budget.
+        PagError: The mode is unknown, or the network has gates that do not rank pixels.
     """
+    if mode not in MODES:
+        raise PagError(f"mode={mode!r}: expected one of {MODES}")
     state = state_of(gated)
     if budget not in state.operating_points:
         raise BudgetError(
@@ -94,18 +105,55 @@ def set_budget(gated: nn.Module, budget: float) -> None:
     state.active_budget = float(budget)
     turn_dials(gated, budget)
     _set_offset(gated, state.operating_points[budget])
+    rates = _rates_per_image(gated, budget) if mode == "per_image" else {}
+    for site, gate in named_gates(gated):
+        gate.rate = rates.get(site)
 
 
-def _search(gated: nn.Module, images: list[Tensor], budget: float) -> tuple[float, float]:
-    """Find an offset by bracketing and bisection; return the closest one and its fraction."""
-    tried = {0.0: _fraction(gated, images, 0.0)}
+def _rates_per_image(gated: nn.Module, budget: float) -> dict[str, float]:
+    """Share of its pixels that each gate is to open in every image.
+
+    Raises:
+        PagError: A gate does not rank pixels, or the rates were not measured.
+    """
+    for site, gate in named_gates(gated):
+        if type(gate) is not PixelGate:
+            raise PagError(
+                f"mode='per_image': {site} has a {type(gate).__name__}, which does not rank "
+                "pixels; use mode='average'"
+            )
+    rates = state_of(gated).open_rates.get(budget)
+    if rates is None:
+        raise PagError(
+            "mode='per_image': the network was calibrated by an older release; run "
+            "calibrate(gated, batches) again"
+        )
+    return rates
+
+
+def _search(
+    gated: nn.Module, images: list[Tensor], budget: float
+) -> tuple[float, float, dict[str, float]]:
+    """Find an offset by bracketing and bisection.
+
+    Returns:
+        The closest one, its fraction, and the open rate of each gate there.
+    """
+    rates: dict[float, dict[str, float]] = {}
+
+    def fraction_at(offset: float) -> float:
+        _set_offset(gated, offset)
+        fraction, rates[offset] = _measured(gated, images)
+        return fraction
+
+    tried = {0.0: fraction_at(0.0)}
     for _ in range(_MOST_TRIALS):
         if min(abs(fraction - budget) for fraction in tried.values()) < TOLERANCE / 5:
             break
         offset = _next_offset(tried, budget)
-        tried[offset] = _fraction(gated, images, offset)
+        tried[offset] = fraction_at(offset)
     best = min(tried, key=lambda offset: (abs(tried[offset] - budget), abs(offset)))
-    return best, tried[best]
+    return best, tried[best], rates[best]
 
 
 def _next_offset(tried: dict[float, float], budget: float) -> float:
@@ -121,12 +169,11 @@ def _next_offset(tried: dict[float, float], budget: float) -> float:
 
 
 @torch.no_grad()
-def _fraction(gated: nn.Module, images: list[Tensor], offset: float) -> float:
-    _set_offset(gated, offset)
+def _measured(gated: nn.Module, images: list[Tensor]) -> tuple[float, dict[str, float]]:
     with measure(gated) as measured:
         for batch in images:
             gated(batch)
-    return measured.fraction
+    return measured.fraction, measured.open_rates
 
 
 def _set_offset(gated: nn.Module, offset: float) -> None:

@@ -92,6 +92,35 @@ def evaluate(
 
 
 @app.command()
+def tradeoff(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="the first one's folder is the recipe's")] = "0",
+    threads: Annotated[int, typer.Option(help="of the timed networks")] = 1,
+    rounds: Annotated[int, typer.Option(help="how often each network is timed")] = 16,
+    timed: Annotated[bool, typer.Option(help="measure times")] = True,
+) -> None:
+    """Runs a recipe's stages over budgets and seeds; draws quality against compute and time."""
+    from pag_retrofit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    parts = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise PagError(f"--seeds {seeds!r}: expected numbers, such as 0,1")
+    from pag_retrofit.tradeoff import run_tradeoff
+
+    numbers = [int(part) for part in parts]
+    results = run_tradeoff(loaded, numbers, threads=threads, rounds=rounds, timed=timed)
+    table = Table("stage", "seed", results["metric"], "compute", "ms", "runtime")
+    for point in results["points"]:
+        time = "-" if point["milliseconds"] is None else f"{point['milliseconds']:.1f}"
+        row = (point["stage"], str(point["seed"]), f"{point['metric']:.4f}")
+        table.add_row(*row, f"{point['fraction']:.3f}", time, point["runtime"])
+    _out.print(table)
+    _out.print(f"tradeoff.json and pictures are in {loaded.output}", highlight=False)
+
+
+@app.command()
 def score(
     task: Annotated[str, typer.Argument(help="segmentation, boundaries, depth or normals")],
     predictions: Annotated[Path, typer.Argument(help="folder of png or npy files")],

@@ -22,7 +22,7 @@ from pag_retrofit.functional import Window
 from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
-from pag_retrofit.policies import InputFreeGate, LayerGate
+from pag_retrofit.policies import InputFreeGate
 
 _MOST_MADE_UP = 16
 
@@ -523,7 +523,7 @@ class Stand(Step):
 
 @dataclass(kw_only=True)
 class DecidePerImage(Step):
-    """The decision of a gate that looks at a whole image, run as it is.
+    """The decision of a gate that looks at a whole image, or ranks its pixels, run as it is.
 
     Args:
         gate: The gate.
@@ -531,7 +531,7 @@ class DecidePerImage(Step):
         shape: (B, 1, h, w) of the mask.
     """
 
-    gate: LayerGate
+    gate: PixelGate
     source: Source
     shape: tuple[int, int, int, int]
 

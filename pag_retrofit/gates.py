@@ -20,6 +20,7 @@ from pag_retrofit.functional import (
     apply_mask,
     as_map,
     coarse,
+    largest,
     mask_as,
     mix,
     pattern_mask,
@@ -71,6 +72,7 @@ class Gate(nn.Module):
         self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.register_buffer("offset", torch.zeros(()))
         self.override: MaskOverride | None = None
+        self.rate: float | None = None  # share of every image's pixels to open; see `set_budget`
         self.last_probability: Tensor | None = None
         self.last_input_size = (0, 0)
 
@@ -175,6 +177,8 @@ class PixelGate(Gate):
 
     def decide(self, logits: Tensor) -> Tensor:
         """The mask of evaluation."""
+        if self.rate is not None:
+            return largest(logits, self.rate)
         return (logits >= 0).float()
 
     def probability(self, logits: Tensor) -> Tensor:
@@ -356,6 +360,7 @@ class RetrofitState:
         rho: Compute fraction that the sparsity loss aims at now; moved by `Annealer`.
         operating_points: Budget -> logit offset of all gates, set by `calibrate`.
         active_budget: The operating point in use, if one is.
+        open_rates: Budget -> site -> mean open rate on the images it was calibrated on.
     """
 
     config: RetrofitConfig
@@ -367,6 +372,7 @@ class RetrofitState:
     rho: float = 1.0
     operating_points: dict[float, float] = field(default_factory=dict)
     active_budget: float | None = None
+    open_rates: dict[float, dict[str, float]] = field(default_factory=dict)
 
     @property
     def lowest_budget(self) -> float:

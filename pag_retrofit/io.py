@@ -274,6 +274,7 @@ def _describe(gated: nn.Module) -> dict[str, Any]:
         "sites": [name for name, _ in named_gates(gated)],
         "operating_points": sorted(state.operating_points.items()),
         "active_budget": state.active_budget,
+        "open_rates": sorted(state.open_rates.items()),
     }
 
 
@@ -306,6 +307,10 @@ def _restore(
         state.config = config
         state.rho = state.budget
         state.operating_points = {float(b): float(o) for b, o in description["operating_points"]}
+        rates = description.get("open_rates", [])  # files of earlier releases lack them
+        state.open_rates = {
+            float(b): {str(site): float(rate) for site, rate in of.items()} for b, of in rates
+        }
         if description["active_budget"] is not None:
             set_budget(gated, description["active_budget"])
     except CheckpointError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -157,6 +159,52 @@ def compare_latency(
         variants.append(Latency(name, dense, middle, low, high, fraction, errors[name]))
     done = len(next(iter(times.values())))
     return Comparison(tuple(variants), left_out, threads, done, tuple(x.shape))
+
+
+@torch.no_grad()
+def time_networks(
+    networks: Mapping[str, nn.Module],
+    images: Sequence[Tensor],
+    *,
+    threads: int = 1,
+    rounds: int = 16,
+) -> dict[str, tuple[float, str]]:
+    """Time networks side by side: gated ones deployed, others in every dense runtime at hand.
+
+    Args:
+        networks: By name.
+        images: Of one shape; each is given to deployed networks in turn, as their time depends on
+            it, and the first to dense runtimes.
+        threads: Of every variant.
+        rounds: How often each is called.
+
+    Returns:
+        Name -> median milliseconds, of the fastest runtime, and that runtime.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    runs: dict[str, Run] = {}
+    try:
+        for name, network in networks.items():
+            if hasattr(network, "pag_state"):
+                runs[f"{name}|deployed"] = _in_turn(deploy(network), images)
+                continue
+            found, _ = _dense_runs(network, images[0], list(_RUNTIMES), threads)
+            runs |= {f"{name}|{runtime}": run for runtime, run in found.items()}
+        times = _time(runs, rounds, math.inf)
+    finally:
+        torch.set_num_threads(before)
+    best: dict[str, tuple[float, str]] = {}
+    for key, taken in times.items():
+        name, _, runtime = key.rpartition("|")
+        best[name] = min(best.get(name, (math.inf, "")), (statistics.median(taken), runtime))
+    return best
+
+
+def _in_turn(network: nn.Module, images: Sequence[Tensor]) -> Run:
+    laid_out = [image.contiguous(memory_format=torch.channels_last) for image in images]
+    following = itertools.cycle(laid_out)
+    return lambda: network(next(following))
 
 
 def _time(runs: Mapping[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -227,14 +227,16 @@ def tradeoff_chart(
     *,
     metric: str = "mIoU",
     title: str = "",
+    axis: str = "measured compute (% of the dense network's MACs)",
 ) -> Figure:
-    """Draw a metric against the measured compute fraction.
+    """Draw a metric against the measured compute fraction, or another one.
 
     Args:
         points: Series -> (compute fraction, metric) of each network.
         reference: Dense network -> metric; dashed lines over the whole width.
         metric: Name on the axis; default `"mIoU"`.
         title: Above the chart; default none.
+        axis: What the fractions are of; default compute.
 
     Raises:
         PagError: There is no point.
@@ -256,10 +258,10 @@ def tradeoff_chart(
     for name, value in reference.items():
         axes.axhline(value, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
         names.append((value, f"{name} {value:.3f}", _FAINT))
-    least = min(fraction for series in points.values() for fraction, _ in series)
-    axes.set_xlim(max(0.0, 100 * least - 8), 102)
+    fractions = [fraction for series in points.values() for fraction, _ in series]
+    axes.set_xlim(max(0.0, 100 * min(fractions) - 8), max(102, 100 * max(fractions) + 4))
     axes.margins(y=0.18)
-    axes.set_xlabel("measured compute (% of the dense network's MACs)", fontsize=9, color=_INK)
+    axes.set_xlabel(axis, fontsize=9, color=_INK)
     axes.set_ylabel(metric, fontsize=9, color=_INK)
     _name_lines(axes, names)
     return figure
@@ -271,6 +273,7 @@ def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: 
     Args:
         lines: Network -> (compute fraction, speed-up over the best dense runtime) of each mask.
         title: Above the chart; default none.
+        axis: What the fractions are of; default compute.
 
     Raises:
         PagError: There is no point.

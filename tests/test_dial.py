@@ -11,6 +11,7 @@ from networks import randomize
 from torch import nn
 
 import pag_retrofit as pag
+from pag_retrofit.functional import largest
 from pag_retrofit.gates import named_gates
 
 SHAPE = (2, 3, 64, 64)
@@ -103,3 +104,93 @@ def test_wrong_dials_are_refused() -> None:
         pag.Annealer(plain, 10, dial=(0.9, 0.4))
     with pytest.raises(pag.PagError, match="gate.dial=1"):
         pag.GateConfig(dial=1)  # type: ignore[arg-type]
+
+
+# The same compute for every image -----------------------------------------------------------------
+
+
+def fractions(network: nn.Module, x: torch.Tensor) -> list[float]:
+    found = []
+    for image in x:
+        with torch.no_grad(), pag.measure(network) as measured:
+            network(image[None])
+        found.append(measured.fraction)
+    return found
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> nn.Module:
+    model = randomize(timm.create_model("resnet18", num_classes=5))
+    gated = pag.retrofit(
+        model, 0.4, example_input=SHAPE, config=pag.RetrofitConfig(min_share=0.0)
+    ).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, gate in named_gates(gated):
+            weight = gate.get_parameter("weight")
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 3)
+    pag.calibrate(gated, [images()], budgets=(0.4, 0.7))
+    return gated
+
+
+def images() -> torch.Tensor:
+    strength = torch.linspace(0.2, 3, 6).view(-1, 1, 1, 1)
+    return torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * strength
+
+
+def test_every_image_gets_the_same(calibrated: nn.Module) -> None:
+    pag.set_budget(calibrated, 0.7)
+    free = torch.tensor(fractions(calibrated, images()))
+    pag.set_budget(calibrated, 0.7, mode="per_image")
+    fixed = torch.tensor(fractions(calibrated, images()))
+    assert fixed.std() < 0.3 * free.std()
+    assert float(fixed.mean()) == pytest.approx(0.7, abs=0.03)
+    with torch.no_grad(), pag.measure(calibrated) as measured:
+        calibrated(images())
+    for site, mask in measured.masks.items():
+        counts = mask.sum((1, 2, 3))
+        wanted = round(calibrated.pag_state.open_rates[0.7][site] * mask[0].numel())
+        assert counts.tolist() == [wanted] * 6, site
+    pag.set_budget(calibrated, 0.7)
+    assert fractions(calibrated, images()) == pytest.approx(free.tolist())
+
+
+@torch.no_grad()
+def test_deployed_networks_rank_pixels_too(calibrated: nn.Module, tmp_path: Path) -> None:
+    pag.save_file(calibrated, tmp_path / "gated.safetensors")
+    model = timm.create_model("resnet18", num_classes=5)
+    again = pag.load_file(tmp_path / "gated.safetensors", model=model).eval()
+    deployed = pag.deploy(again)
+    x = images()
+    for mode in ("per_image", "average", "per_image"):
+        for network in (calibrated, deployed):
+            pag.set_budget(network, 0.4, mode=mode)
+        for _ in range(2):
+            expected = calibrated(x)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(deployed(x) / scale, expected / scale, rtol=0, atol=1e-4)
+            x = x.flip(0)
+
+
+def test_wrong_modes_are_refused(calibrated: nn.Module) -> None:
+    with pytest.raises(pag.PagError, match="mode='exact'"):
+        pag.set_budget(calibrated, 0.4, mode="exact")
+    config = pag.RetrofitConfig(policy="layer")
+    layers = pag.retrofit(timm.create_model("resnet18"), 0.9, example_input=SHAPE, config=config)
+    layers.pag_state.operating_points = {0.9: 0.0}
+    with pytest.raises(pag.PagError, match="LayerGate, which does not rank"):
+        pag.set_budget(layers, 0.9, mode="per_image")
+    calibrated.pag_state.open_rates.pop(0.7)
+    with pytest.raises(pag.PagError, match="older release"):
+        pag.set_budget(calibrated, 0.7, mode="per_image")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_largest_are_as_many_as_asked_for_even_if_equal(share: float) -> None:
+    scores = torch.randint(0, 3, (4, 1, 7, 9)).float()
+    mask = largest(scores, share)
+    assert mask.sum((1, 2, 3)).tolist() == [round(share * 63)] * 4
+    if 0 < share < 1:
+        lowest_open = torch.where(mask > 0, scores, 9).amin((1, 2, 3))
+        highest_closed = torch.where(mask > 0, -1, scores).amax((1, 2, 3))
+        assert (lowest_open >= highest_closed).all()
