@@ -14,13 +14,25 @@ from typing import Any
 
 import coverage_page
 
+from pag_retrofit.tradeoff import NAMES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
 MULTIPOOL = ROOT / "benchmarks" / "results" / "multipool.json"
 LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
 ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.json"
 KERNELS = ROOT / "benchmarks" / "results" / "kernels.json"
+TRADEOFF = ROOT / "benchmarks" / "results" / "tradeoff.json"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.json"
+
+
+_METRICS = {
+    "miou": ("mIoU (%)", 100),
+    "ods": ("ODS F (%)", 100),
+    "abs_rel": ("relative error of depth (%, lower is better)", 100),
+    "mean": ("mean angle (degrees, lower is better)", 1),
+}
+_KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -176,6 +188,46 @@ def multipool_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tradeoff_table(results: dict[str, Any]) -> str:
+    """Per recipe: every network at every budget, means over seeds."""
+    lines = []
+    for name, run in results.items():
+        points = run["points"]
+        shown, factor = _METRICS[run["metric"]]
+        timed = any(point["milliseconds"] for point in points)
+        lines += [
+            f"`recipes/{name}.yaml`: {shown}, {run['images']} held-out images; "
+            f"{run['epochs'][0]} epochs for the dense network, {run['epochs'][1]} more for every "
+            "other one.",
+            "",
+            f"| network | budget | measured compute | {shown}, each seed | mean |"
+            + (" ms, first seed |" if timed else ""),
+            "|---|---:|---:|---:|---:|" + ("---:|" if timed else ""),
+        ]
+        stages = dict.fromkeys((point["kind"], point["budget"]) for point in points)
+        for kind, budget in sorted(stages, key=_in_order):
+            found = [p for p in points if (p["kind"], p["budget"]) == (kind, budget)]
+            scores = [factor * point["metric"] for point in found]
+            cells = [
+                _KINDS[kind],
+                "" if budget is None else f"{budget:g}",
+                f"{statistics.mean(point['fraction'] for point in found):.3f}",
+                ", ".join(f"{score:.2f}" for score in scores),
+                f"{statistics.mean(scores):.2f}",
+            ]
+            times = [point for point in found if point["milliseconds"]]
+            if timed:
+                cells.append(_milliseconds(times[0]) if times else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _in_order(stage: tuple[str, float | None]) -> tuple[float, int]:
+    kind, budget = stage
+    return (-2.0 if budget is None else -budget, list(_KINDS).index(kind))
+
+
 def memory_table(results: dict[str, Any]) -> str:
     """Per network: the most memory that a pass holds, dense and deployed."""
     lines = [
@@ -285,6 +337,12 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     timed_layers = replace_block(
         kernels.read_text(encoding="utf-8"), "kernels-table", kernels_table(layers)
     )
+    tradeoff = root / "docs" / "tradeoff.md"
+    curves = replace_block(
+        tradeoff.read_text(encoding="utf-8"),
+        "tradeoff-table",
+        tradeoff_table(json.loads(TRADEOFF.read_text(encoding="utf-8"))),
+    )
     details = page.read_text(encoding="utf-8")
     table = summary_table(results).replace("; [more](docs/camvid.md)", "")
     details = replace_block(details, "camvid-table", table)
@@ -295,6 +353,7 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         deployment: deployed,
         multipool: pooled,
         kernels: timed_layers,
+        tradeoff: curves,
     }
 
 

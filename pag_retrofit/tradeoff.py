@@ -87,7 +87,7 @@ def run_tradeoff(
     for seed in seeds:
         points += _points(_with_seed(recipe, seed, seeds[0]), seed)
     if timed:
-        points = _timed(points, recipe, seeds[0], threads, rounds)
+        points = with_times(points, recipe, seeds[0], threads, rounds)
     metric = build_task(recipe, evaluation_data(recipe)).metric
     results = {
         "metric": metric,
@@ -178,7 +178,7 @@ def _points(recipe: Recipe, seed: int) -> list[Point]:
     return points
 
 
-def _timed(
+def with_times(
     points: Sequence[Point], recipe: Recipe, seed: int, threads: int, rounds: int
 ) -> list[Point]:
     """Points with the times of the first seed's networks; averages of branches are left out."""

@@ -1,0 +1,104 @@
+"""Collects finished stages of recipes: quality against compute and time, for docs/tradeoff.md.
+
+    pag-retrofit tradeoff recipes/camvid_mobilenetv2.yaml --seeds 0,1 stages=[...]
+    python benchmarks/tradeoff.py runs/camvid_mobilenetv2,runs/camvid_mobilenetv2/seed-1
+
+Each argument is the output folder of a recipe, and after commas those of further seeds that began
+with its dense network; stages that are not complete are left out. Adds to
+benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With `--timed` it
+measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pag_retrofit.building import build_task, evaluation_data
+from pag_retrofit.checkpoints import write_json
+from pag_retrofit.pictures import save_figure
+from pag_retrofit.recipe import Recipe, load_recipe
+from pag_retrofit.stages import environment
+from pag_retrofit.tradeoff import NAMES, Point, charts, with_times
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "tradeoff.json"
+IMAGES = ROOT / "docs" / "images"
+KINDS = ("dense", "reference", *NAMES)
+NOT_SCORES = ("fraction", "images", "seconds", "open_rates", "iou")
+
+
+def read_points(folder: Path) -> list[tuple[Point, dict[str, float]]]:
+    """Points of the complete stages in a folder, with all their scores."""
+    found = []
+    for file in sorted(folder.glob("*/metrics.json")):
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        kind = re.sub(r"-\d\.\d\d$", "", metrics["stage"])
+        if not metrics["complete"] or kind not in KINDS:
+            continue
+        seed = load_recipe(file.parent / "recipe.yaml").seed
+        scores = {metrics["stage"]: (metrics["budget"], metrics["final"])}
+        if kind == "dial":
+            points = metrics["operating_points"]
+            scores = {f"dial@{budget}": (float(budget), found) for budget, found in points.items()}
+        for name, (budget, final) in scores.items():
+            point = Point(name, kind, seed, budget, final["fraction"], final[metrics["metric"]])
+            found.append((point, {k: v for k, v in final.items() if k not in NOT_SCORES}))
+    return found
+
+
+def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
+    """All that the docs show of a recipe."""
+    found = [entry for folder in folders for entry in read_points(folder)]
+    points = [point for point, _ in found]
+    if timed:
+        seed = next(point.seed for point in points if point.kind == "dense")
+        points = with_times(points, recipe, seed, 1, 24)
+    assert recipe.dense is not None and recipe.gated is not None
+    return {
+        "task": recipe.task.name,
+        "data": recipe.data.name,
+        "metric": build_task(recipe, evaluation_data(recipe)).metric,
+        "images": len(evaluation_data(recipe)),
+        "epochs": [recipe.dense.epochs, recipe.gated.epochs],
+        "points": [
+            {**asdict(point), "scores": scores}
+            for point, (_, scores) in zip(points, found, strict=True)
+        ],
+        "environment": environment(),
+    }
+
+
+def main() -> None:
+    """Collect, write, draw."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="FOLDER[,FOLDER...] of the seeds of a recipe")
+    parser.add_argument("--timed", action="store_true", help="measure times as well")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    if RESULTS.is_file():
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for run in arguments.runs:
+        folders = [Path(folder) for folder in run.split(",")]
+        recipe = load_recipe(folders[0] / "dense" / "recipe.yaml", [f"output={folders[0]}"])
+        collected = collect(folders, recipe, arguments.timed)
+        results[recipe.name] = collected
+        write_json(RESULTS, results)
+        points = [
+            Point(**{key: value for key, value in point.items() if key != "scores"})
+            for point in collected["points"]
+        ]
+        for name, figure in charts(points, collected["metric"], recipe.name).items():
+            path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
+            save_figure(figure, path)
+            Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
