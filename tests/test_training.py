@@ -322,6 +322,37 @@ def test_two_processes_train_and_score_one_network(recipe, tmp_path):
         assert again.fraction == pytest.approx(metrics["final"]["fraction"], rel=1e-6)
 
 
+@pytest.mark.sweep
+def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(recipe, tmp_path):
+    # Norms are frozen: batch statistics are those of each process's images.
+    settings = ["stages=[dense, gated]", "dense.freeze_norm=true", "gated.freeze_norm=true",
+                "dense.epochs=3", "data.scale=[1, 1]"]  # fmt: skip
+    one = finetune(recipe(*settings, "data.batch_size=2"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(output=tmp_path / "two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "pag_retrofit", "finetune", str(path), *settings, "data.batch_size=1"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for stage, names, tolerance in (
+        ("dense", ["loss"], 1e-4),
+        # Each process draws gate noise of its own, so pixels differ, their expected share hardly.
+        ("gated-0.80", ["expected_fraction", "rho"], 1e-2),
+    ):
+        two = json.loads((tmp_path / "two" / stage / "metrics.json").read_text())
+        assert two["steps"] == one[stage]["steps"]
+        for mine, theirs in zip(two["history"], one[stage]["history"], strict=True):
+            for name in names:
+                assert mine[name] == pytest.approx(theirs[name], rel=tolerance), (stage, name)
+    first, second = (
+        load_tensors(folder / "dense" / "model.safetensors")
+        for folder in (tmp_path / "out", tmp_path / "two")
+    )
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 # Training that goes wrong ------------------------------------------------------------------------
 
 
