@@ -18,11 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from pag_retrofit import from_pretrained, measure
 from pag_retrofit.building import build_task, evaluation_data
 from pag_retrofit.checkpoints import write_json
-from pag_retrofit.pictures import save_figure
+from pag_retrofit.pictures import map_panel, relative_compute_map, save_figure
 from pag_retrofit.recipe import Recipe, load_recipe
 from pag_retrofit.stages import environment
 from pag_retrofit.tradeoff import NAMES, Point, charts, with_times
@@ -31,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tradeoff.json"
 IMAGES = ROOT / "docs" / "images"
 KINDS = ("dense", "reference", *NAMES)
+SHOWN = 2
+"""Validation images in a panel."""
 NOT_SCORES = ("fraction", "images", "seconds", "open_rates", "iou")
 
 
@@ -75,6 +80,27 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
     }
 
 
+def draw_panel(folder: Path, recipe: Recipe) -> Figure:
+    """What the network of the lowest budget sees, and where it computes."""
+    gated = from_pretrained(min(folder.glob("gated-*")))
+    data, task = evaluation_data(recipe), recipe.task.name
+    chosen = [data[k * len(data) // SHOWN] for k in range(SHOWN)]
+    samples = [sample for sample in chosen if sample["image"].shape == chosen[0]["image"].shape]
+    images = torch.stack([sample["image"] for sample in samples])
+    with torch.no_grad(), measure(gated) as measured:
+        predictions = build_task(recipe, data).predict(gated(images))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.data.mean, recipe.data.std))
+    key = {"boundaries": "boundary"}.get(task, task)
+    return map_panel(
+        images * std + mean,
+        torch.stack([sample[key] for sample in samples]),
+        predictions,
+        relative_compute_map(measured),
+        kind=task,
+        title=f"{recipe.name}, gated to {measured.fraction:.0%} of the compute",
+    )
+
+
 def main() -> None:
     """Collect, write, draw."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -94,7 +120,10 @@ def main() -> None:
             Point(**{key: value for key, value in point.items() if key != "scores"})
             for point in collected["points"]
         ]
-        for name, figure in charts(points, collected["metric"], recipe.name).items():
+        figures = charts(points, collected["metric"], recipe.name)
+        if recipe.task.name != "segmentation":
+            figures["panel"] = draw_panel(folders[0], recipe)
+        for name, figure in figures.items():
             path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
             save_figure(figure, path)
             Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)

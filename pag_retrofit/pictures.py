@@ -38,6 +38,7 @@ _INK, _FAINT, _TRACK = "#222222", "#767676", "#ececec"
 _MARGIN, _GAP, _TITLE, _HEAD = 0.08, 0.06, 0.28, 0.26
 _LEGEND_COLUMNS, _LEGEND_LINE = 6, 0.2
 _MOST_SITES, _WIDEST_IMAGE = 4, 3.0
+_MAP_CHANNELS = {"boundaries": 1, "depth": 1, "normals": 3}
 _COLUMNS = ("image", "label", "prediction", "compute (% of dense)")
 
 
@@ -86,26 +87,95 @@ def prediction_panel(
         PagError: The shapes do not fit each other, or palette and classes do not.
     """
     _check_panel(image, (label, prediction, compute_map), palette, classes)
-    label, prediction, compute_map = (part.cpu() for part in (label, prediction, compute_map))
-    rows, height, width = label.shape
+    label, prediction = label.cpu(), prediction.cpu()
+    void = bool(_is_void(label, len(classes)).any() or _is_void(prediction, len(classes)).any())
+    columns = (
+        [_picture(picture) for picture in image],
+        [_coloured(picture, palette) for picture in label],
+        [_coloured(picture, palette) for picture in prediction],
+    )
+    return _panel(columns, compute_map, _COLUMNS, title, _legend_patches(palette, classes, void))
+
+
+def map_panel(
+    image: Tensor,
+    target: Tensor,
+    prediction: Tensor,
+    compute_map: Tensor,
+    *,
+    kind: str,
+    title: str = "",
+) -> Figure:
+    """Draw a row per sample: image, target, prediction, and where the compute went.
+
+    Depths are coloured from near (bright) to far, alike in target and prediction of a row; normals
+    (x, y, z) as red, green, blue; where there is no reading both are black in the target.
+
+    Args:
+        image: (B, 3, H, W) float in [0, 1], not normalised.
+        target: (B, C, H, W): boundary strength in [0, 1], metres (0 unknown), or unit normals (0
+            unknown).
+        prediction: (B, C, H, W), as the target.
+        compute_map: (B, H, W) float, fraction of dense compute; see `relative_compute_map`.
+        kind: `"boundaries"`, `"depth"` or `"normals"`.
+        title: Above the panel; default none.
+
+    Raises:
+        PagError: The kind is unknown, or the shapes do not fit each other.
+    """
+    if kind not in _MAP_CHANNELS:
+        raise PagError(f"kind={kind!r}: expected one of {tuple(_MAP_CHANNELS)}")
+    expected = (len(image), _MAP_CHANNELS[kind], *image.shape[2:])
+    for name, part in (("target", target), ("prediction", prediction)):
+        if tuple(part.shape) != expected:
+            raise PagError(f"{name} has shape {tuple(part.shape)}: expected {expected}")
+    drawn = [_drawn(kind, t, p) for t, p in zip(target.cpu(), prediction.cpu(), strict=True)]
+    columns = ([_picture(picture) for picture in image], *map(list, zip(*drawn, strict=True)))
+    names = ("image", "target", "prediction", _COLUMNS[-1])
+    return _panel(columns, compute_map, names, title, [])
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    return np.asarray(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
+
+
+def _drawn(kind: str, target: Tensor, prediction: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Target and prediction as colours (H, W, 3)."""
+    if kind == "boundaries":
+        pair = (1 - part.clamp(0, 1).expand(3, -1, -1) for part in (target, prediction))
+        first, second = (_picture(part) for part in pair)
+        return first, second
+    known = (target != 0).any(0).numpy()
+    if kind == "normals":
+        first, second = (_picture((part + 1) / 2) for part in (target, prediction))
+    else:
+        farthest = max(float(target.max()), 1e-6)
+        shades = colormaps["magma_r"]
+        first, second = (shades((d[0] / farthest).numpy())[..., :3] for d in (target, prediction))
+    return np.where(known[..., None], first, 0.0), second
+
+
+def _panel(
+    columns: Sequence[Sequence[np.ndarray]],
+    compute_map: Tensor,
+    names: Sequence[str],
+    title: str,
+    patches: list[Patch],
+) -> Figure:
+    """Columns of pictures and one of compute maps, with a legend and a scale below."""
+    compute_map = compute_map.cpu()
+    rows, height, width = compute_map.shape
     side = (_WIDTH - 2 * _MARGIN - 3 * _GAP) / 4
     tall = side * height / width
-    void = bool(_is_void(label, len(classes)).any() or _is_void(prediction, len(classes)).any())
-    patches = _legend_patches(palette, classes, void)
     foot = max(0.5, 0.15 + _LEGEND_LINE * math.ceil(len(patches) / _LEGEND_COLUMNS))
     head = _HEAD + (_TITLE if title else 0)
     total = head + rows * (tall + _GAP) + foot
     figure = _figure(total, title)
     scale = _common_scale(compute_map)
     for row in range(rows):
-        pictures = (
-            image[row].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(),
-            _coloured(label[row], palette),
-            _coloured(prediction[row], palette),
-            compute_map[row].numpy(),
-        )
+        pictures = (*(column[row] for column in columns), compute_map[row].numpy())
         bottom = total - head - row * (tall + _GAP) - tall
-        for column, (name, picture) in enumerate(zip(_COLUMNS, pictures, strict=True)):
+        for column, (name, picture) in enumerate(zip(names, pictures, strict=True)):
             axes = _axes(figure, (_MARGIN + column * (side + _GAP), bottom, side, tall))
             # Labels are not to be mixed where they are scaled down.
             kind = "nearest" if name in ("label", "prediction") else "auto"
@@ -115,7 +185,8 @@ def prediction_panel(
             if row == 0:
                 axes.set_title(name, fontsize=9, color=_INK, pad=4)
         _note_mean(axes, float(compute_map[row].double().mean()))
-    _class_legend(figure, patches, foot - 0.02)
+    if patches:
+        _class_legend(figure, patches, foot - 0.02)
     bar = _axes(figure, (_MARGIN + 3 * (side + _GAP) + 0.1, foot - 0.16, side - 0.2, 0.1))
     _colour_bar(figure, bar, scale)
     return figure

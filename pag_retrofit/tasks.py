@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.morphology import thin
 from torch import Tensor
 
 from pag_retrofit.boundaries import boundary_counts, boundary_metrics, boundary_thresholds
@@ -43,6 +44,9 @@ class Task(Protocol):
 
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of a data set from its added-up counts."""
+
+    def predict(self, output: Tensor) -> Tensor:
+        """What a network's output says, in the units of `pag-retrofit score`."""
 
 
 class SegmentationTask:
@@ -128,7 +132,7 @@ class SegmentationTask:
                     ignore_index=self.ignore_index,
                     validate_args=False,
                 )
-                for prediction, target in zip(output.argmax(dim=1), label, strict=True)
+                for prediction, target in zip(self.predict(output), label, strict=True)
             ]
         )
 
@@ -154,6 +158,10 @@ class SegmentationTask:
                 name: float(iou[k]) if present[k] else None for k, name in enumerate(self.classes)
             },
         }
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Class of each pixel, int64 (B, H, W)."""
+        return output.argmax(dim=1)
 
     def _check(self, output: Tensor, label: Tensor) -> None:
         expected = (len(label), len(self.classes), *label.shape[1:])
@@ -219,13 +227,16 @@ class DepthTask:
         """
         depth = batch["depth"]
         _check_output(output, depth)
-        # An untrained network may ask for depths beyond every float.
-        prediction = output[:, 0].double().clamp(max=20).exp()
-        return depth_sums(prediction, depth[:, 0], depth[:, 0] > 0)
+        return depth_sums(self.predict(output)[:, 0], depth[:, 0], depth[:, 0] > 0)
 
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of `pag_retrofit.metrics.depth_metrics`; lower `abs_rel` is better."""
         return depth_metrics(counts)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Metres, float64 (B, 1, H, W)."""
+        # An untrained network may ask for depths beyond every float.
+        return output.double().clamp(max=20).exp()
 
 
 class NormalsTask:
@@ -268,6 +279,10 @@ class NormalsTask:
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of `pag_retrofit.metrics.normal_metrics`; a lower `mean` is better."""
         return normal_metrics(counts)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Unit normals, float32 (B, 3, H, W)."""
+        return F.normalize(output.float(), dim=1)
 
 
 class BoundaryTask:
@@ -316,13 +331,13 @@ class BoundaryTask:
 
         Args:
             output: logits (B, 1, H, W).
-            batch: has `annotators` (B, 1, H, W) int64, or one `boundary`.
+            batch: has `annotators` (B, 1, H, W) int64, or a `boundary`, which is thinned.
 
         Raises:
             TrainingError: the output does not have the shape of the boundaries.
         """
         _check_output(output, batch["boundary"])
-        strength = torch.sigmoid(output.float())[:, 0].cpu().numpy()
+        strength = self.predict(output)[:, 0].cpu().numpy()
         drawn = batch.get("annotators", batch["boundary"])[:, 0].cpu().numpy()
         rows = []
         for prediction, bits in zip(strength, drawn, strict=True):
@@ -330,6 +345,8 @@ class BoundaryTask:
             bits = bits[:height, :width].astype(np.int64)
             annotators = range(max(1, int(bits.max()).bit_length()))
             masks = [(bits >> k & 1).astype(bool) for k in annotators]
+            if "annotators" not in batch:
+                masks = [thin(mask) for mask in masks]
             rows.append(boundary_counts(prediction[:height, :width], masks, self.thresholds))
         return torch.from_numpy(np.stack(rows)).to(output.device)
 
@@ -337,6 +354,10 @@ class BoundaryTask:
         """Scores of `pag_retrofit.boundaries.boundary_metrics`; a higher `ods` is better."""
         scores = boundary_metrics(counts.cpu().numpy(), self.thresholds)
         return dict(scores)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Boundary strength in [0, 1], float32 (B, 1, H, W)."""
+        return torch.sigmoid(output.float())
 
 
 def _has_normal(normals: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
-from pag_retrofit.data import PadToMultiple, Scenes
+from pag_retrofit.data import EvaluationDataset, PadToMultiple, Scenes
 from pag_retrofit.errors import RecipeError, TrainingError
 from pag_retrofit.recipe import load_recipe
 from pag_retrofit.stages import finetune
-from pag_retrofit.tasks import DepthTask, NormalsTask
+from pag_retrofit.tasks import BoundaryTask, DepthTask, NormalsTask
 
 
 @pytest.fixture
@@ -59,7 +60,37 @@ def test_losses_stay_finite_and_outputs_are_checked(task, key, batch):
         task.loss(output[:, :, 1:], batch)
 
 
-@pytest.mark.parametrize("task", ["depth", "normals"])
+def test_boundaries_drawn_as_they_are_score_high_and_cost_little():
+    data = EvaluationDataset(Scenes(2, size=(60, 84)))
+    batch = default_collate([data[0], data[1]])
+    assert (batch["boundary"][:, :, 60:] == -1).all()
+    task = BoundaryTask(thresholds=3)
+    right = torch.where(batch["boundary"] > 0, 9.0, -9.0)
+    padding_is_ignored = torch.where(batch["boundary"] < 0, 9.0, right)
+    scores = [task.metrics(task.counts(o, batch).sum(0)) for o in (right, padding_is_ignored)]
+    assert scores[0] == scores[1]
+    assert scores[0]["ods"] > 0.97
+    assert task.loss(right, batch) == task.loss(padding_is_ignored, batch) < 1e-3
+    assert task.loss(-right, batch) > 2
+    blind = task.metrics(task.counts(torch.full_like(right, -9), batch).sum(0))
+    assert blind["ods"] == 0
+
+
+def test_annotators_are_bits_and_disputed_pixels_do_not_train():
+    drawn = torch.zeros(1, 1, 40, 40, dtype=torch.int64)
+    drawn[..., 10] = 0b111
+    drawn[..., 30] = 0b100
+    share = torch.where(drawn == 0b111, 1.0, torch.where(drawn == 0b100, 0.2, 0.0))
+    batch = {"boundary": share, "annotators": drawn}
+    output = torch.where(drawn == 0b111, 9.0, -9.0)
+    counts = BoundaryTask(thresholds=1).counts(output, batch)[0, 0].tolist()
+    assert counts == [120, 160, 40, 40]
+    disputed = torch.where(drawn == 0b100, 5.0, output)
+    task = BoundaryTask()
+    assert task.loss(disputed, batch) == task.loss(output, batch)
+
+
+@pytest.mark.parametrize("task", ["boundaries", "depth", "normals"])
 def test_recipes_train_and_keep_the_lowest_error(task, tmp_path):
     settings = ("data.train_count=6", "data.val_count=2", "data.batch_size=2", "dense.epochs=3",
                 "gated.epochs=1", "stages=[dense, gated]", "runtime.trackers=[]",
@@ -67,13 +98,15 @@ def test_recipes_train_and_keep_the_lowest_error(task, tmp_path):
     results = finetune(load_recipe(f"recipes/scenes_{task}.yaml", settings))
     dense = results["dense"]
     values = [record[dense["metric"]] for record in dense["history"]]
-    assert dense["best"][dense["metric"]] == min(values)
-    assert dense["metric"] == {"depth": "abs_rel", "normals": "mean"}[task]
+    best = max(values) if task == "boundaries" else min(values)
+    assert dense["best"][dense["metric"]] == best
+    names = {"boundaries": "ods", "depth": "abs_rel", "normals": "mean"}
+    assert dense["metric"] == names[task]
     assert abs(results["gated-0.70"]["final"]["fraction"] - 0.7) < 0.1
 
 
 def test_data_without_depth_is_refused(tmp_path):
     overrides = ("task.name=depth", "data.name=camvid", f"data.root={tmp_path}",
                  "data={name: camvid, root: " + str(tmp_path) + ", crop: [8, 8]}")  # fmt: skip
-    with pytest.raises(RecipeError, match="camvid has no depth"):
+    with pytest.raises(RecipeError, match="the data camvid has targets for segmentation"):
         load_recipe("recipes/scenes_quick.yaml", overrides)

@@ -17,6 +17,7 @@ from pag_retrofit.pictures import (
     DOTS_PER_INCH,
     branch_panel,
     latency_chart,
+    map_panel,
     open_rates_chart,
     prediction_panel,
     relative_compute_map,
@@ -296,3 +297,22 @@ def test_the_latency_chart_shows_each_network_and_the_ideal():
     assert axes.get_ylim()[1] > 2.0
     with pytest.raises(pag.PagError, match="at least one"):
         latency_chart({"a": []})
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("boundaries", 1), ("depth", 1), ("normals", 3)])
+def test_map_panel_shows_targets_and_predictions(kind: str, channels: int) -> None:
+    image, compute = torch.rand(2, 3, 24, 32), torch.rand(2, 24, 32)
+    target = torch.rand(2, channels, 24, 32) + 0.1
+    target[:, :, :6] = 0
+    figure = map_panel(image, target, 0.5 * target, compute, kind=kind, title="title")
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+    assert len(shown) >= 8
+    first, second = shown[1], shown[2]
+    if kind == "boundaries":
+        assert np.allclose(first[..., 0], 1 - target[0, 0].clamp(max=1).numpy())
+    else:
+        assert (first[:6] == 0).all() and (first[6:] != second[6:]).any()
+    with pytest.raises(pag.PagError, match="target has shape"):
+        map_panel(image, target[:, :, 1:], target, compute, kind=kind)
+    with pytest.raises(pag.PagError, match="kind='poses'"):
+        map_panel(image, target, target, compute, kind="poses")
