@@ -65,13 +65,14 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
     if timed:
         seed = next(point.seed for point in points if point.kind == "dense")
         points = with_times(points, recipe, seed, 1, 24)
-    assert recipe.dense is not None and recipe.gated is not None
+    trained = load_recipe(next(folders[0].glob("gated-*/recipe.yaml")))
+    assert recipe.dense is not None and trained.gated is not None
     return {
         "task": recipe.task.name,
         "data": recipe.data.name,
         "metric": build_task(recipe, evaluation_data(recipe)).metric,
         "images": len(evaluation_data(recipe)),
-        "epochs": [recipe.dense.epochs, recipe.gated.epochs],
+        "epochs": [recipe.dense.epochs, trained.gated.epochs],
         "points": [
             {**asdict(point), "scores": scores}
             for point, (_, scores) in zip(points, found, strict=True)
