@@ -175,7 +175,8 @@ def test_resolved_recipe_reads_back_equal(write):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_how_to_launch_it(path, tmp_path, monkeypatch):
     text = path.read_text()
-    assert re.match(r"# (accelerate launch -m pag_retrofit|pag-retrofit) (finetune|tradeoff) recipes/", text)
+    launch = r"# (accelerate launch -m pag_retrofit|pag-retrofit) (finetune|tradeoff) recipes/"
+    assert re.match(launch, text)
     for variable, rest in re.findall(r"\$\{(\w+)\}/(\S+)", text):
         monkeypatch.setenv(variable, str(tmp_path))
         target = tmp_path / rest
