@@ -19,8 +19,10 @@ from pag_retrofit.data import (
     KITTISemantic,
     LabelledFolder,
     Normalize,
+    NYUv2,
     RGBDFolder,
     Scenes,
+    Stanford2D3D,
 )
 from pag_retrofit.data.base import PixelDataset
 from pag_retrofit.errors import CheckpointError
@@ -31,10 +33,20 @@ from pag_retrofit.recipe import (
     CityscapesSection,
     FolderSection,
     ModelSection,
+    NYUSection,
     Recipe,
     RGBDSection,
+    StanfordSection,
+    TaskSection,
 )
-from pag_retrofit.tasks import BoundaryTask, DepthTask, NormalsTask, SegmentationTask, Task
+from pag_retrofit.tasks import (
+    BoundaryTask,
+    DepthTask,
+    MultiTask,
+    NormalsTask,
+    SegmentationTask,
+    Task,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +154,24 @@ def evaluation_data(recipe: Recipe, split: str = "val") -> EvaluationDataset:
 
 def build_task(recipe: Recipe, data: PixelDataset) -> Task:
     """The task of a recipe, for segmentation on the classes of a data set."""
-    if recipe.task.name == "depth":
-        return DepthTask(gradient_weight=recipe.task.gradient_weight)
-    if recipe.task.name == "normals":
+    section = recipe.task
+    tasks = {name: _build_task(name, section, data) for name in section.names}
+    if len(tasks) == 1:
+        return next(iter(tasks.values()))
+    channels = {"segmentation": len(data.classes), "boundaries": 1, "depth": 1, "normals": 3}
+    weights = section.weights or (1.0,) * len(tasks)
+    return MultiTask(tasks, channels, dict(zip(tasks, weights, strict=True)))
+
+
+def _build_task(name: str, section: TaskSection, data: PixelDataset) -> Task:
+    if name == "depth":
+        return DepthTask(gradient_weight=section.gradient_weight)
+    if name == "normals":
         return NormalsTask()
-    if recipe.task.name == "boundaries":
-        return BoundaryTask(thresholds=recipe.task.thresholds)
+    if name == "boundaries":
+        return BoundaryTask(thresholds=section.thresholds)
     return SegmentationTask(
-        data.classes, ignore_index=data.ignore_index, dice_weight=recipe.task.dice_weight
+        data.classes, ignore_index=data.ignore_index, dice_weight=section.dice_weight
     )
 
 
@@ -169,7 +191,11 @@ def _split(recipe: Recipe, split: str) -> PixelDataset:
     if isinstance(section, BSDSSection):
         return BSDS500(section.root, split)
     if isinstance(section, RGBDSection):
-        return RGBDFolder(section.root, split, normals=recipe.task.name == "normals")
+        return RGBDFolder(section.root, split, normals="normals" in recipe.task.names)
+    if isinstance(section, NYUSection):
+        return NYUv2(section.root, split, targets=recipe.task.names)
+    if isinstance(section, StanfordSection):
+        return Stanford2D3D(section.root, split, targets=recipe.task.names)
     count = section.train_count if split == "train" else section.val_count
     # Scenes of different seeds differ, so training and validation share none.
     return Scenes(count, size=section.size, seed=2 * recipe.seed + (split != "train"))

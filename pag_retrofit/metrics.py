@@ -12,6 +12,10 @@ SMALLEST_DEPTH = 1e-3
 
 _BINS_PER_DEGREE = 20
 _BINS = 180 * _BINS_PER_DEGREE + 1  # the last one holds exactly 180 degrees
+DEPTH_SUMS = 9
+"""Length of a row of `depth_sums`."""
+NORMAL_COUNTS = _BINS + 1
+"""Length of a row of `normal_counts`."""
 # Rows and columns (first, last), as fractions of the size; Garg et al. 2016, Eigen et al. 2014.
 _CROPS = {
     "garg": ((0.40810811, 0.99189189), (0.03594771, 0.96405229)),

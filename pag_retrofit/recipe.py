@@ -94,6 +94,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Stages = Annotated[tuple[Stage, ...], AfterValidator(_not_empty)]
 RetrofitFields = Annotated[dict[str, Any], AfterValidator(_retrofit_fields)]
+TaskName = Literal["segmentation", "boundaries", "depth", "normals"]
 Size = tuple[Count, Count]
 Triple = tuple[float, float, float]
 
@@ -229,10 +230,35 @@ class RGBDSection(DataSection):
     root: FolderPath
 
 
+class NYUSection(DataSection):
+    """NYU Depth V2 as it is distributed.
+
+    Attributes:
+        root: folder with `nyu_depth_v2_labeled.mat`, `splits.mat`, and for segmentation
+            `classMapping40.mat`.
+    """
+
+    name: Literal["nyuv2"]
+    root: FolderPath
+
+
+class StanfordSection(DataSection):
+    """Stanford 2D-3D-S, perspective images; area 5 is held out.
+
+    Attributes:
+        root: folder with `area_1` to `area_6` and `assets/semantic_labels.json`.
+    """
+
+    name: Literal["stanford2d3d"]
+    root: FolderPath
+
+
 _TASKS = {
     "scenes": ("segmentation", "boundaries", "depth", "normals"),
     "bsds500": ("boundaries",),
     "rgbd": ("depth", "normals"),
+    "nyuv2": ("segmentation", "depth", "normals"),
+    "stanford2d3d": ("segmentation", "depth", "normals"),
 }
 """Data -> tasks; all others have segmentation."""
 
@@ -245,12 +271,32 @@ class TaskSection(Section):
         dice_weight: segmentation: weight of the Dice loss next to the cross entropy.
         gradient_weight: depth: weight of gradient matching next to the scale-invariant loss.
         thresholds: boundaries: number of thresholds at which evaluations match boundaries.
+        tasks: multitask: the tasks, in the order of their channels in the network's output.
+        weights: multitask: weights of the tasks' losses; 1 each if not given.
     """
 
-    name: Literal["segmentation", "boundaries", "depth", "normals"] = "segmentation"
+    name: Literal["segmentation", "boundaries", "depth", "normals", "multitask"] = "segmentation"
     dice_weight: NonNegative = 0.0
     gradient_weight: NonNegative = 0.5
     thresholds: Count = 19
+    tasks: tuple[TaskName, ...] = ()
+    weights: tuple[Positive, ...] = ()
+
+    @model_validator(mode="after")
+    def _several_tasks(self) -> TaskSection:
+        several = self.name == "multitask"
+        if several and (len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks)):
+            raise ValueError(f"multitask needs two or more different tasks, got {list(self.tasks)}")
+        if not several and (self.tasks or self.weights):
+            raise ValueError(f"tasks and weights belong to name: multitask, got name: {self.name}")
+        if self.weights and len(self.weights) != len(self.tasks):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.tasks)} tasks")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tasks, also if it is one."""
+        return self.tasks if self.name == "multitask" else (self.name,)
 
 
 class Schedule(Section):
@@ -379,7 +425,9 @@ class Recipe(Section):
         | CityscapesSection
         | FolderSection
         | BSDSSection
-        | RGBDSection,
+        | RGBDSection
+        | NYUSection
+        | StanfordSection,
         Field(discriminator="name"),
     ]
     task: TaskSection = TaskSection()
@@ -395,10 +443,10 @@ class Recipe(Section):
             if stage != "dense" and self.gated is None:
                 raise ValueError(f"the stage {stage} needs the section gated")
         offered = _TASKS.get(self.data.name, ("segmentation",))
-        if self.task.name not in offered:
+        missing = [name for name in self.task.names if name not in offered]
+        if missing:
             raise ValueError(
-                f"task.name {self.task.name}: the data {self.data.name} has targets for "
-                f"{', '.join(offered)}"
+                f"task {missing[0]}: the data {self.data.name} has targets for {', '.join(offered)}"
             )
         if "average" in self.stages and self.multipool is None:
             raise ValueError("the stage average needs gated.retrofit.multipool")
@@ -539,6 +587,8 @@ _DATA_SECTIONS: dict[str, type[Section]] = {
     "folder": FolderSection,
     "bsds500": BSDSSection,
     "rgbd": RGBDSection,
+    "nyuv2": NYUSection,
+    "stanford2d3d": StanfordSection,
 }
 
 

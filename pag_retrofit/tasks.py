@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from pag_retrofit.boundaries import boundary_counts, boundary_metrics, boundary_thresholds
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.metrics import (
+    DEPTH_SUMS,
+    NORMAL_COUNTS,
     SMALLEST_DEPTH,
     depth_metrics,
     depth_sums,
@@ -31,10 +34,12 @@ class Task(Protocol):
     Attributes:
         metric: name of the metric by which networks are compared.
         higher_is_better: whether the better network has the higher metric.
+        count_shape: of the counts of one image.
     """
 
     metric: str
     higher_is_better: bool
+    count_shape: tuple[int, ...]
 
     def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Training loss, a float32 scalar."""
@@ -45,8 +50,8 @@ class Task(Protocol):
     def metrics(self, counts: Tensor) -> dict[str, Any]:
         """Scores of a data set from its added-up counts."""
 
-    def predict(self, output: Tensor) -> Tensor:
-        """What a network's output says, in the units of `pag-retrofit score`."""
+    def predict(self, output: Tensor) -> Any:
+        """What a network's output says, in the units of `pag-retrofit score`; a map per task."""
 
 
 class SegmentationTask:
@@ -78,6 +83,7 @@ class SegmentationTask:
                 f"use a number outside 0..{len(classes) - 1}"
             )
         self.classes = tuple(classes)
+        self.count_shape: tuple[int, ...] = (len(classes), len(classes))
         self.ignore_index = ignore_index
         self.dice_weight = dice_weight
         self._dice = None
@@ -190,6 +196,7 @@ class DepthTask:
 
     metric = "abs_rel"
     higher_is_better = False
+    count_shape: tuple[int, ...] = (DEPTH_SUMS,)
 
     def __init__(self, *, gradient_weight: float = 0.5) -> None:
         self.gradient_weight = gradient_weight
@@ -249,6 +256,7 @@ class NormalsTask:
 
     metric = "mean"
     higher_is_better = False
+    count_shape: tuple[int, ...] = (NORMAL_COUNTS,)
 
     def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Training loss, a float32 scalar; 0 where no pixel is valid.
@@ -303,6 +311,7 @@ class BoundaryTask:
 
     def __init__(self, *, thresholds: int = 19) -> None:
         self.thresholds = boundary_thresholds(thresholds)
+        self.count_shape: tuple[int, ...] = (thresholds + 1, 4)
 
     def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Training loss, a float32 scalar.
@@ -358,6 +367,80 @@ class BoundaryTask:
     def predict(self, output: Tensor) -> Tensor:
         """Boundary strength in [0, 1], float32 (B, 1, H, W)."""
         return torch.sigmoid(output.float())
+
+
+class MultiTask:
+    """Several tasks of one network, each with channels of its own in the output.
+
+    The loss is the weighted sum of the tasks' losses. Metrics carry the task's name in front, such
+    as `depth_abs_rel`; networks are compared by that of the first task.
+
+    Args:
+        tasks: by name, in the order of their channels.
+        channels: output channels of each task, by name.
+        weights: of the losses, by name. Default: 1 each.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        channels: Mapping[str, int],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.tasks = dict(tasks)
+        self.channels = [channels[name] for name in self.tasks]
+        self.weights = weights or dict.fromkeys(self.tasks, 1.0)
+        first = next(iter(self.tasks))
+        self.metric = f"{first}_{self.tasks[first].metric}"
+        self.higher_is_better = self.tasks[first].higher_is_better
+        self._sizes = [math.prod(task.count_shape) for task in self.tasks.values()]
+        self.count_shape: tuple[int, ...] = (sum(self._sizes),)
+
+    def loss(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Weighted sum of the tasks' losses, a float32 scalar.
+
+        Raises:
+            TrainingError: the output does not have the channels of all tasks.
+        """
+        parts = self._parts(output)
+        losses = [self.weights[k] * task.loss(parts[k], batch) for k, task in self.tasks.items()]
+        return torch.stack(losses).sum()
+
+    def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Counts (B, ...) float64 of all tasks, one after the other.
+
+        Raises:
+            TrainingError: the output does not have the channels of all tasks.
+        """
+        parts = self._parts(output)
+        # Exact: no count reaches 2^53.
+        rows = [task.counts(parts[k], batch).double().flatten(1) for k, task in self.tasks.items()]
+        return torch.cat(rows, dim=1)
+
+    def metrics(self, counts: Tensor) -> dict[str, Any]:
+        """Scores of every task, with its name in front."""
+        scores: dict[str, Any] = {}
+        for name, part in zip(self.tasks, counts.split(self._sizes), strict=True):
+            task = self.tasks[name]
+            found = task.metrics(part.view(task.count_shape))
+            scores |= {f"{name}_{key}": value for key, value in found.items()}
+        return scores
+
+    def predict(self, output: Tensor) -> dict[str, Any]:
+        """Prediction of every task, by name."""
+        return {k: self.tasks[k].predict(part) for k, part in self._parts(output).items()}
+
+    def _parts(self, output: Tensor) -> dict[str, Tensor]:
+        if output.shape[1] != sum(self.channels):
+            needed = ", ".join(
+                f"{count} for {k}" for k, count in zip(self.tasks, self.channels, strict=True)
+            )
+            raise TrainingError(
+                f"the network returned {output.shape[1]} channels; the tasks need "
+                f"{sum(self.channels)} ({needed}): set the number of output channels (classes for "
+                "SMP) in model.arguments"
+            )
+        return dict(zip(self.tasks, output.split(self.channels, dim=1), strict=True))
 
 
 def _has_normal(normals: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from pag_retrofit.data import EvaluationDataset, PadToMultiple, Scenes
 from pag_retrofit.errors import RecipeError, TrainingError
 from pag_retrofit.recipe import load_recipe
 from pag_retrofit.stages import finetune
-from pag_retrofit.tasks import BoundaryTask, DepthTask, NormalsTask
+from pag_retrofit.tasks import (
+    BoundaryTask,
+    DepthTask,
+    MultiTask,
+    NormalsTask,
+    SegmentationTask,
+)
 
 
 @pytest.fixture
@@ -110,3 +116,66 @@ def test_data_without_depth_is_refused(tmp_path):
                  "data={name: camvid, root: " + str(tmp_path) + ", crop: [8, 8]}")  # fmt: skip
     with pytest.raises(RecipeError, match="the data camvid has targets for segmentation"):
         load_recipe("recipes/scenes_quick.yaml", overrides)
+
+
+def test_several_tasks_learn_and_score_as_each_alone(batch):
+    tasks = {
+        "depth": DepthTask(),
+        "segmentation": SegmentationTask(Scenes.classes),
+        "normals": NormalsTask(),
+        "boundaries": BoundaryTask(thresholds=3),
+    }
+    channels = {"segmentation": 6, "depth": 1, "normals": 3, "boundaries": 1}
+    weights = {"depth": 2.0, "segmentation": 0.5, "normals": 1.0, "boundaries": 3.0}
+    several = MultiTask(tasks, channels, weights)
+    assert several.metric == "depth_abs_rel" and not several.higher_is_better
+    output = torch.randn(2, 11, 32, 64, generator=torch.Generator().manual_seed(0))
+    parts = dict(zip(tasks, output.split([1, 6, 3, 1], dim=1), strict=True))
+    expected = sum(weights[k] * tasks[k].loss(parts[k], batch) for k in tasks)
+    torch.testing.assert_close(several.loss(output, batch), expected)
+    counts = several.counts(output, batch)
+    assert counts.shape == (2, *several.count_shape)
+    scores = several.metrics(counts.sum(0))
+    for name, task in tasks.items():
+        alone = task.metrics(task.counts(parts[name], batch).sum(0))
+        assert {f"{name}_{key}": value for key, value in alone.items()}.items() <= scores.items()
+        assert several.predict(output)[name].equal(task.predict(parts[name]))
+    with pytest.raises(TrainingError, match=r"10 channels; the tasks need 11 \(1 for depth"):
+        several.loss(output[:, 1:], batch)
+
+
+def multitask_recipe(folder, *overrides):
+    path = folder / "several.yaml"
+    path.write_text(
+        f"""name: several
+output: {folder / "out"}
+stages: [dense, gated]
+model: {{name: Unet, arguments: {{encoder_name: resnet18, classes: 10}}}}
+data: {{name: scenes, train_count: 4, val_count: 3, size: [64, 64], crop: [64, 64],
+       batch_size: 2, eval_batch_size: 2}}
+task: {{name: multitask, tasks: [segmentation, depth, normals], weights: [1, 2, 0.5]}}
+dense: {{epochs: 1, lr: 1e-3}}
+gated: {{epochs: 1, lr: 1e-3, gate_lr: 0.1, budgets: [0.8], calibration_batches: 1}}
+runtime: {{trackers: []}}
+"""
+    )
+    return load_recipe(path, overrides)
+
+
+def test_a_recipe_of_several_tasks(tmp_path):
+    results = finetune(multitask_recipe(tmp_path))["gated-0.80"]
+    assert results["metric"] == "segmentation_miou"
+    assert {"segmentation_miou", "depth_abs_rel", "normals_mean"} <= set(results["final"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.tasks=[depth]", "two or more different tasks"),
+        ("task.weights=[1]", "1 weights for 3 tasks"),
+        ("task.name=depth", "belong to name: multitask"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused(override, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        multitask_recipe(tmp_path, override)

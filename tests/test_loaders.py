@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from pag_retrofit.data import (
     Cityscapes,
     KITTISemantic,
     LabelledFolder,
+    NYUv2,
     RGBDFolder,
+    Stanford2D3D,
 )
 from pag_retrofit.data.surfaces import normals_from_depth
 from pag_retrofit.errors import DataError
@@ -137,6 +140,77 @@ def test_rgbd(tmp_path: Path) -> None:
     (tmp_path / "K.txt").write_text("1 2 3")
     with pytest.raises(DataError, match="3x3 intrinsics"):
         RGBDFolder(tmp_path)
+
+
+def nyu(root: Path) -> None:
+    """Three frames in MATLAB's order: columns before rows."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = np.arange(3, dtype=np.uint8).repeat(3 * 640 * 480).reshape(3, 3, 640, 480)
+        labels = np.zeros((3, 640, 480), dtype=np.uint16)
+        labels[:, 5, 7], labels[:, 6, 7] = 1, 3
+        file["labels"] = labels
+        file["depths"] = np.full((3, 640, 480), 2.0, dtype=np.float32)
+        raw = np.full((3, 640, 480), 2.0, dtype=np.float32)
+        raw[:, :, :100] = 0
+        file["rawDepths"] = raw
+    savemat(root / "splits.mat", {"trainNdxs": [[1], [3]], "testNdxs": [[2]]})
+    savemat(root / "classMapping40.mat", {"mapClass": [[40, 2, 7]]})
+
+
+def test_nyu(tmp_path: Path) -> None:
+    nyu(tmp_path)
+    data = NYUv2(tmp_path, targets=("segmentation", "depth", "normals"))
+    sample = data[1]
+    assert (len(data), len(NYUv2(tmp_path, "val")), len(data.classes)) == (2, 1, 40)
+    assert sample["image"].shape == (3, 480, 640)
+    assert set(sample["image"].unique().tolist()) == {np.float32(2 / 255)}
+    assert sample["label"][7, 5] == 39 and sample["label"][7, 6] == 6
+    assert (sample["label"] == IGNORE_INDEX).sum() == 480 * 640 - 2
+    assert (sample["depth"][0, 100:] == 2).all() and (sample["depth"][0, :100] == 0).all()
+    facing = torch.tensor([0.0, 0.0, -1.0]).view(3, 1, 1).expand(3, 300, 600)
+    torch.testing.assert_close(sample["normals"][:, 150:450, 20:620], facing, atol=1e-3, rtol=0)
+    assert data[1]["image"].equal(sample["image"])  # from the cache, which nobody wrote to
+    (tmp_path / "classMapping40.mat").unlink()
+    assert set(NYUv2(tmp_path, targets=("depth",))[0]) == {"image", "depth"}
+    with pytest.raises(DataError, match="classMapping40"):
+        NYUv2(tmp_path)
+    savemat(tmp_path / "splits.mat", {"trainNdxs": [[4]], "testNdxs": [[2]]})
+    with pytest.raises(DataError, match="beyond the 3"):
+        NYUv2(tmp_path, targets=("depth",))
+
+
+def test_stanford(tmp_path: Path) -> None:
+    names = ["<UNK>_0_<UNK>_0_0", "wall_1_office_3_1", "beam_2_hall_1_5", "sofa_1_office_3_1"]
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/semantic_labels.json").write_text(json.dumps(names * 100))
+    folder, stem = tmp_path / "area_5a/data", "camera_ab_office_3_frame_7_domain"
+    save(folder / f"rgb/{stem}_rgb.png", image())
+    semantic = np.zeros((*SIZE, 3), dtype=np.uint8)
+    semantic[0, 0] = (0, 1, 2)  # instance 258
+    semantic[0, 1] = (0, 0, 3)
+    semantic[0, 2] = (13, 13, 13)  # missing
+    save(folder / f"semantic/{stem}_semantic.png", semantic)
+    depth = np.full(SIZE, 1024, dtype=np.uint16)
+    depth[0, 0] = 65535
+    save(folder / f"depth/{stem}_depth.png", depth)
+    normals = np.full((*SIZE, 3), 128, dtype=np.uint8)
+    normals[0, 0], normals[0, 1] = (128, 127, 255), (255, 128, 127)
+    save(folder / f"normal/{stem}_normals.png", normals)
+    sample = Stanford2D3D(tmp_path, "val")[0]
+    first = ["beam", "sofa"]
+    assert [Stanford2D3D.classes[k] for k in sample["label"][0, :2]] == first
+    assert (sample["label"].flatten()[2:] == IGNORE_INDEX).all()
+    assert sample["depth"].unique().tolist() == [0.0, 2.0] and sample["depth"][0, 0, 0] == 0
+    found = sample["normals"][:, 0, :2].T
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0, -1], [1.0, 0, 0]]), atol=6e-3, rtol=0)
+    assert not sample["normals"][:, 1:].any()
+    with pytest.raises(DataError, match="no area"):
+        Stanford2D3D(tmp_path, "train")
+    (folder / f"depth/{stem}_depth.png").unlink()
+    assert len(Stanford2D3D(tmp_path, "val", targets=("normals",))) == 1
+    with pytest.raises(DataError, match="1 targets are missing"):
+        Stanford2D3D(tmp_path, "val")
 
 
 def test_normals_of_tilted_planes_with_an_edge_and_noise() -> None:

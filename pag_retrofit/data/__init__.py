@@ -14,26 +14,32 @@ from .bsds import BSDS500
 from .camvid import CAMVID_CLASSES, CamVid
 from .cityscapes import CITYSCAPES_CLASSES, Cityscapes, KITTISemantic
 from .folder import LabelledFolder
+from .nyu import NYU_CLASSES, NYUv2
 from .rgbd import RGBDFolder
 from .scenes import SCENE_CLASSES, Scenes
+from .stanford import STANFORD_CLASSES, Stanford2D3D
 
 __all__ = [
-    "LabelledFolder",
-    "KITTISemantic",
-    "Cityscapes",
-    "CITYSCAPES_CLASSES",
-    "BSDS500",
-    "CAMVID_CLASSES",
-    "IGNORE_INDEX",
-    "SCENE_CLASSES",
     "Augmentation",
     "AugmentedDataset",
+    "BSDS500",
+    "CAMVID_CLASSES",
+    "CITYSCAPES_CLASSES",
     "CamVid",
+    "Cityscapes",
     "EvaluationDataset",
+    "IGNORE_INDEX",
+    "KITTISemantic",
+    "LabelledFolder",
+    "NYU_CLASSES",
+    "NYUv2",
     "Normalize",
     "PadToMultiple",
     "PixelDataset",
     "RGBDFolder",
+    "SCENE_CLASSES",
+    "STANFORD_CLASSES",
     "Sample",
     "Scenes",
+    "Stanford2D3D",
 ]

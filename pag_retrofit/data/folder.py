@@ -59,14 +59,14 @@ class LabelledFolder(ImageLabelPairs):
             "folder",
             pairs,
             tuple(classes),
-            _distinct_colours(len(classes)),
+            distinct_colours(len(classes)),
             values,
             expected=f"0..{len(classes) - 1} for the classes and {IGNORE_INDEX} for void",
             cache=cache,
         )
 
 
-def _distinct_colours(count: int) -> np.ndarray:
-    """Hues by the golden ratio, so that neighbours differ."""
+def distinct_colours(count: int) -> np.ndarray:
+    """Colours (count, 3) uint8: hues by the golden ratio, so that neighbours differ."""
     colours = [colorsys.hsv_to_rgb(k * _GOLDEN % 1, 0.65, 0.9) for k in range(count)]
     return (np.array(colours) * 255).astype(np.uint8)
