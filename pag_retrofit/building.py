@@ -22,7 +22,9 @@ from pag_retrofit.data import (
     NYUv2,
     RGBDFolder,
     Scenes,
+    ShardImages,
     Stanford2D3D,
+    StreamedImages,
 )
 from pag_retrofit.data.base import PixelDataset
 from pag_retrofit.errors import CheckpointError
@@ -36,6 +38,7 @@ from pag_retrofit.recipe import (
     NYUSection,
     Recipe,
     RGBDSection,
+    ShardsSection,
     StanfordSection,
     TaskSection,
 )
@@ -52,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_WEIGHTS = {"encoder_checkpoint": None, "checkpoint": None}
 """Update of a `ModelSection` for a network whose weights come from elsewhere."""
+_CALIBRATION_IMAGES = 256  # of streamed training images, the first ones; others choose among all
 
 
 def build_network(section: ModelSection) -> nn.Module:
@@ -132,7 +136,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def training_data(recipe: Recipe) -> AugmentedDataset:
+def training_data(recipe: Recipe) -> AugmentedDataset | StreamedImages:
     """The training images, augmented."""
     section = recipe.data
     augmentation = Augmentation(
@@ -142,6 +146,17 @@ def training_data(recipe: Recipe) -> AugmentedDataset:
         brightness=section.brightness,
         contrast=section.contrast,
     )
+    if isinstance(section, ShardsSection):
+        return StreamedImages(
+            section.train,
+            section.classes,
+            count=section.train_count,
+            batch_size=section.batch_size,
+            augmentation=augmentation,
+            normalize=_normalize(recipe),
+            seed=recipe.seed,
+            buffer=section.buffer,
+        )
     return AugmentedDataset(
         _split(recipe, "train"), augmentation, normalize=_normalize(recipe), seed=recipe.seed
     )
@@ -152,7 +167,7 @@ def evaluation_data(recipe: Recipe, split: str = "val") -> EvaluationDataset:
     return EvaluationDataset(_split(recipe, split), normalize=_normalize(recipe))
 
 
-def build_task(recipe: Recipe, data: PixelDataset) -> Task:
+def build_task(recipe: Recipe, data: PixelDataset | StreamedImages) -> Task:
     """The task of a recipe, for segmentation on the classes of a data set."""
     section = recipe.task
     tasks = {name: _build_task(name, section, data) for name in section.names}
@@ -163,7 +178,7 @@ def build_task(recipe: Recipe, data: PixelDataset) -> Task:
     return MultiTask(tasks, channels, dict(zip(tasks, weights, strict=True)))
 
 
-def _build_task(name: str, section: TaskSection, data: PixelDataset) -> Task:
+def _build_task(name: str, section: TaskSection, data: PixelDataset | StreamedImages) -> Task:
     if name == "depth":
         return DepthTask(gradient_weight=section.gradient_weight)
     if name == "normals":
@@ -188,6 +203,10 @@ def _split(recipe: Recipe, split: str) -> PixelDataset:
         return kind(section.root, split)
     if isinstance(section, FolderSection):
         return LabelledFolder(section.root, split, classes=section.classes)
+    if isinstance(section, ShardsSection):
+        if split == "train":
+            return ShardImages(section.train, section.classes, _CALIBRATION_IMAGES)
+        return ShardImages(section.val, section.classes)
     if isinstance(section, BSDSSection):
         return BSDS500(section.root, split)
     if isinstance(section, RGBDSection):

@@ -253,6 +253,25 @@ class StanfordSection(DataSection):
     root: FolderPath
 
 
+class ShardsSection(DataSection):
+    """Images streamed from WebDataset shards, for data that does not fit one machine.
+
+    Attributes:
+        train: path or http(s) address of the shards, `{000..999}` for all numbers between.
+        val: the same; these are kept in memory as they are stored.
+        train_count: training images of an epoch.
+        buffer: images to draw the next one of.
+        classes: names of the classes, in the order of the labels' values; 255 is void.
+    """
+
+    name: Literal["shards"]
+    train: Annotated[str, BeforeValidator(_expand)]
+    val: Annotated[str, BeforeValidator(_expand)]
+    train_count: Count
+    buffer: Count = 1000
+    classes: Annotated[tuple[str, ...], AfterValidator(_not_empty)]
+
+
 _TASKS = {
     "scenes": ("segmentation", "boundaries", "depth", "normals"),
     "bsds500": ("boundaries",),
@@ -427,6 +446,7 @@ class Recipe(Section):
         | BSDSSection
         | RGBDSection
         | NYUSection
+        | ShardsSection
         | StanfordSection,
         Field(discriminator="name"),
     ]
@@ -588,6 +608,7 @@ _DATA_SECTIONS: dict[str, type[Section]] = {
     "bsds500": BSDSSection,
     "rgbd": RGBDSection,
     "nyuv2": NYUSection,
+    "shards": ShardsSection,
     "stanford2d3d": StanfordSection,
 }
 

@@ -286,7 +286,11 @@ def _settings(stage: Stage, values: Any) -> Iterator[tuple[str, Any]]:
         skipped.add("gated")
     for key, value in _flatten(values):
         section, _, rest = key.partition(".")
-        if section in skipped or key in _WITHOUT_EFFECT or rest.startswith("budgets"):
+        streamed = (
+            key == "data.workers" and values["data"]["name"] == "shards"
+        )  # each reads its own
+        without_effect = key in _WITHOUT_EFFECT and not streamed
+        if section in skipped or without_effect or rest.startswith("budgets"):
             continue
         if section == "gated" and not _is_used(stage, rest):
             continue

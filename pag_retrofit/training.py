@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from pag_retrofit.annealing import Annealer
 from pag_retrofit.building import build_task, evaluation_data, save_weights, training_data
 from pag_retrofit.checkpoints import Checkpoints, Progress, write_json
+from pag_retrofit.data import StreamedImages
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.evaluation import Evaluation, evaluate_network
 from pag_retrofit.gates import state_of
@@ -178,7 +179,9 @@ class Trainer:
                 f"(data.batch_size {section.batch_size} x {self.accelerator.num_processes} "
                 "processes); use a smaller data.batch_size"
             )
-        self.sampler = EpochSampler(len(self.train_set), self.recipe.seed)
+        self.sampler = None  # a stream has an order of its own
+        if not isinstance(self.train_set, StreamedImages):
+            self.sampler = EpochSampler(len(self.train_set), self.recipe.seed)
         # The loaders draw worker seeds from generators of their own; from the global one, a
         # resumed epoch would shift the noise of the gates.
         train = DataLoader(
@@ -227,7 +230,8 @@ class Trainer:
     def _run_epoch(self) -> None:
         epoch, done = self.progress.epoch, self.progress.batch
         self.train_set.set_epoch(epoch)
-        self.sampler.set_epoch(epoch)
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
         # Accelerate sets the epoch of sampler and data set from this count when it iterates.
         self.train_loader.iteration = epoch
         loader = self.train_loader

@@ -17,6 +17,7 @@ from .folder import LabelledFolder
 from .nyu import NYU_CLASSES, NYUv2
 from .rgbd import RGBDFolder
 from .scenes import SCENE_CLASSES, Scenes
+from .shards import ShardImages, StreamedImages
 from .stanford import STANFORD_CLASSES, Stanford2D3D
 
 __all__ = [
@@ -41,5 +42,7 @@ __all__ = [
     "STANFORD_CLASSES",
     "Sample",
     "Scenes",
+    "ShardImages",
     "Stanford2D3D",
+    "StreamedImages",
 ]

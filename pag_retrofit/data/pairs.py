@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,7 @@ class ImageLabelPairs(PixelDataset):
         self.pairs = pairs
         self.classes = classes
         self.palette = palette
-        self._expected = expected
-        self._class_of = np.full(_STORED_VALUES, -1, dtype=np.int64)
-        self._class_of[list(values)] = list(values.values())
+        self._decoder = PairDecoder(title, values, expected)
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -74,31 +73,70 @@ class ImageLabelPairs(PixelDataset):
             if position not in self._cache:
                 self._cache[position] = self._load(position)
             image, label = self._cache[position]
-        # Both conversions copy, so that a caller may write into the tensors.
-        return {
-            "image": torch.from_numpy(image).to(torch.float32).div_(255.0),
-            "label": torch.from_numpy(label).to(torch.int64),
-        }
+        return as_sample(image, label)
 
     def _load(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Decodes and checks a pair; uint8 arrays (3, H, W) and (H, W), void as 255."""
-        image_path, label_path = self.pairs[position]
-        image = decode(self.title, image_path)
-        stored = decode_label(self.title, label_path)
-        if image.shape[:2] != stored.shape:
+        image, label = self.pairs[position]
+        return self._decoder(image, label)
+
+
+class PairDecoder:
+    """Decodes an image and its label, and turns stored values into classes.
+
+    Args:
+        title: Of the data set, for messages.
+        values: Stored value -> class, or `IGNORE_INDEX`. Other values are an error.
+        expected: What values a label may have, for messages.
+    """
+
+    def __init__(self, title: str, values: Mapping[int, int], expected: str) -> None:
+        self._title = title
+        self._expected = expected
+        self._class_of = np.full(_STORED_VALUES, -1, dtype=np.int64)
+        self._class_of[list(values)] = list(values.values())
+
+    def __call__(
+        self, image: Path, label: Path, contents: tuple[bytes, bytes] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Image and label.
+
+        Args:
+            image: File, or if there are contents its name.
+            label: File, or if there are contents its name.
+            contents: Of both files, if they were read before.
+
+        Returns:
+            Arrays (3, H, W) and (H, W), uint8, void as 255.
+
+        Raises:
+            DataError: If a file cannot be decoded, sizes differ, or a value means no class.
+        """
+        image_data, label_data = contents if contents is not None else (None, None)
+        pixels = decode(self._title, image, image_data)
+        stored = decode_label(self._title, label, label_data)
+        if pixels.shape[:2] != stored.shape:
             raise DataError(
-                f"{self.title}: {label_path} is {stored.shape[1]}x{stored.shape[0]} pixels but its "
-                f"image {image_path} is {image.shape[1]}x{image.shape[0]}"
+                f"{self._title}: {label} is {stored.shape[1]}x{stored.shape[0]} pixels but its "
+                f"image {image} is {pixels.shape[1]}x{pixels.shape[0]}"
             )
         known = (stored >= 0) & (stored < _STORED_VALUES)
-        label = np.where(known, self._class_of[np.where(known, stored, 0)], -1)
-        if label.min() < 0:
-            wrong = np.unique(stored[label < 0])
+        classes = np.where(known, self._class_of[np.where(known, stored, 0)], -1)
+        if classes.min() < 0:
+            wrong = np.unique(stored[classes < 0])
             shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
             raise DataError(
-                f"{self.title}: {label_path} has label values {shown}; expected {self._expected}"
+                f"{self._title}: {label} has label values {shown}; expected {self._expected}"
             )
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), label.astype(np.uint8)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), classes.astype(np.uint8)
+
+
+def as_sample(image: np.ndarray, label: np.ndarray) -> Sample:
+    """A sample of decoded arrays, in memory of its own."""
+    return {
+        "image": torch.from_numpy(image).to(torch.float32).div_(255.0),
+        "label": torch.from_numpy(label).to(torch.int64),
+    }
 
 
 def pairs_by_stem(
@@ -165,19 +203,19 @@ def check_matched(
         )
 
 
-def decode(title: str, path: Path) -> np.ndarray:
-    """Reads an image as (H, W, 3) uint8.
+def decode(title: str, path: Path, data: bytes | None = None) -> np.ndarray:
+    """Reads an image as (H, W, 3) uint8; of a file, or of its content if that is given.
 
     Raises:
         DataError: If it cannot be decoded, or does not have 8 bits a channel.
     """
-    array, mode = _read(title, path, convert=True)
+    array, mode = _read(title, path, data, convert=True)
     if mode.startswith(("I", "F")):
         raise DataError(f"{title}: {path} has pixels of mode {mode}; expected 8 bits a channel")
     return array
 
 
-def decode_label(title: str, path: Path) -> np.ndarray:
+def decode_label(title: str, path: Path, data: bytes | None = None) -> np.ndarray:
     """Reads a single-channel image as (H, W) of its stored values.
 
     Those of a palette image are its indices.
@@ -185,7 +223,7 @@ def decode_label(title: str, path: Path) -> np.ndarray:
     Raises:
         DataError: If it cannot be decoded, or has several channels.
     """
-    array, mode = _read(title, path, convert=False)
+    array, mode = _read(title, path, data, convert=False)
     if array.ndim != 2:
         raise DataError(
             f"{title}: {path} has {array.shape[2]} channels (mode {mode}); expected a "
@@ -194,9 +232,9 @@ def decode_label(title: str, path: Path) -> np.ndarray:
     return array
 
 
-def _read(title: str, path: Path, *, convert: bool) -> tuple[np.ndarray, str]:
+def _read(title: str, path: Path, data: bytes | None, *, convert: bool) -> tuple[np.ndarray, str]:
     try:
-        with Image.open(path) as file:
+        with Image.open(path if data is None else BytesIO(data)) as file:
             return np.array(file.convert("RGB") if convert else file), file.mode
     # Pillow reports damage in several ways, a broken PNG chunk among them as a SyntaxError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

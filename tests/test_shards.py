@@ -1,0 +1,194 @@
+"""Images streamed from shards: what an epoch holds, and that runs on them resume exactly."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import (
+    RECIPE,
+    Killed,
+    assert_same_weights,
+    each_batch,
+    fresh_accelerate,  # noqa: F401
+    kill_at,
+    without_times,
+)
+from torch.utils.data import DataLoader
+
+from pag_retrofit.data import Augmentation, Normalize, Scenes, ShardImages, StreamedImages
+from pag_retrofit.errors import DataError, RecipeError
+from pag_retrofit.recipe import load_recipe
+from pag_retrofit.stages import finetune
+
+pytest.importorskip("webdataset")
+CLASSES = ["a", "b", "c", "d", "e", "f"]
+
+
+def png(array: np.ndarray) -> bytes:
+    with io.BytesIO() as buffer:
+        Image.fromarray(array).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as file:
+        for key, parts in samples.items():
+            for ending, data in parts.items():
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+
+def constant(value: int) -> dict[str, bytes]:
+    """An image that is its own name."""
+    return {
+        "png": png(np.full((8, 8, 3), value, dtype=np.uint8)),
+        "label.png": png(np.full((8, 8), value % 6, dtype=np.uint8)),
+    }
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> str:
+    """Four shards of five images, 0 to 19."""
+    for shard in range(4):
+        samples = {f"{k:03d}": constant(5 * shard + k) for k in range(5)}
+        write_shard(tmp_path / f"train-{shard}.tar", samples)
+    return str(tmp_path / "train-{0..3}.tar")
+
+
+def streamed(shards: str, count: int = 20, **options: int) -> StreamedImages:
+    still = Augmentation(crop=(8, 8), scale=(1, 1), flip=0, brightness=0, contrast=0)
+    same = Normalize(mean=(0, 0, 0), std=(1, 1, 1))
+    return StreamedImages(
+        shards, CLASSES, count=count, batch_size=4, augmentation=still, normalize=same, **options
+    )
+
+
+def names(data: StreamedImages, workers: int = 0) -> list[list[int]]:
+    batches = DataLoader(data, batch_size=4, drop_last=True, num_workers=workers)
+    found = [(255 * batch["image"][:, 0, 0, 0]).round().int().tolist() for batch in batches]
+    for batch, numbers in zip(batches, found, strict=True):
+        assert batch["label"][:, 0, 0].tolist() == [number % 6 for number in numbers]
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_holds_whole_batches_in_an_order_of_seed_and_epoch(
+    numbered: str, workers: int
+) -> None:
+    data = streamed(numbered, buffer=3)
+    first = names(data, workers)
+    assert len(first) == 5 and all(len(batch) == 4 for batch in first)
+    again = streamed(numbered, buffer=3)
+    assert names(again, workers) == first
+    again.set_epoch(1)
+    assert names(again, workers) != first
+    assert names(streamed(numbered, buffer=3, seed=1), workers) != first
+
+
+def test_rounds_hold_every_image_once_but_for_the_buffer(numbered: str) -> None:
+    counts = Counter(
+        number for batch in names(streamed(numbered, 60, buffer=2)) for number in batch
+    )
+    assert set(counts) == set(range(20)) and set(counts.values()) <= {2, 3, 4}
+
+
+def test_evaluation_keeps_the_order_of_the_shards(numbered: str) -> None:
+    data = ShardImages(numbered, CLASSES, 12)
+    found = [round(255 * float(data[k]["image"][0, 0, 0])) for k in range(len(data))]
+    assert found == list(range(12))
+
+
+def test_shards_that_cannot_be_read(numbered: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 are missing"):
+        ShardImages(str(tmp_path / "train-{3..4}.tar"), CLASSES)
+    for program in ("pipe:cat x.tar", "gs://bucket/x.tar"):
+        with pytest.raises(DataError, match="expected a path or an http"):
+            ShardImages(program, CLASSES)
+    path = tmp_path / "broken.tar"
+    write_shard(path, {"1": {"png": constant(1)["png"]}})
+    with pytest.raises(DataError, match=r"broken.tar/1 needs an image .* and a label.png"):
+        ShardImages(str(path), CLASSES)
+    write_shard(path, {"1": {**constant(1), "label.png": png(np.full((8, 8), 9, np.uint8))}})
+    with pytest.raises(DataError, match=r"1.label.png has label values 9"):
+        ShardImages(str(path), CLASSES)[0]
+    path.write_bytes((tmp_path / "train-0.tar").read_bytes()[:1500])
+    with pytest.raises(DataError, match="cannot read"):
+        ShardImages(str(path), CLASSES)
+    write_shard(path, {})
+    with pytest.raises(DataError, match="no images"):
+        next(iter(streamed(str(path))))
+    with pytest.raises(DataError, match="1 shards for 2 workers"):
+        names(streamed(numbered.replace("{0..3}", "0")), 2)
+
+
+def write_scenes(folder: Path) -> str:
+    """Ten scenes in two shards; the section of a recipe that reads them."""
+    scenes = Scenes(10, size=(64, 64))
+    for shard in range(2):
+        samples = {}
+        for index in range(5 * shard, 5 * shard + 5):
+            sample = scenes[index]
+            image = (255 * sample["image"]).round().byte().permute(1, 2, 0).numpy()
+            label = sample["label"].byte().numpy()
+            samples[f"{index:03d}"] = {"png": png(image), "label.png": png(label)}
+        write_shard(folder / f"train-{shard}.tar", samples)
+    return (
+        f"data={{name: shards, train: '{folder}/train-{{0..1}}.tar', "
+        f"val: '{folder}/train-1.tar', train_count: 8, buffer: 4, crop: [64, 64], "
+        f"classes: [{', '.join(CLASSES)}], batch_size: 2, eval_batch_size: 2}}"
+    )
+
+
+def test_a_killed_run_on_shards_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    shards = write_scenes(tmp_path)
+    path = tmp_path / "tiny.yaml"
+
+    def recipe(output: str, *overrides: str):
+        path.write_text(RECIPE.format(output=tmp_path / output))
+        settings = ["runtime.checkpoint_every=1", shards, *overrides]
+        return load_recipe(path, settings)
+
+    expected = finetune(recipe("whole"))
+    for batch in (3, 4):  # in the middle of an epoch
+        with each_batch(kill_at(batch)), pytest.raises(Killed):
+            finetune(recipe("killed"))
+        torch.manual_seed(99)
+    result = finetune(recipe("killed"))
+    assert without_times(result["dense"]) == without_times(expected["dense"])
+    files = [tmp_path / run / "dense" / "model.safetensors" for run in ("whole", "killed")]
+    assert_same_weights(*files)
+    with pytest.raises(RecipeError, match="data.workers: 0 there, 1 here"):
+        finetune(recipe("whole", "data.workers=1"))
+
+
+@pytest.mark.sweep
+def test_two_processes_read_what_one_reads(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    # Each process divides by the pixels of its own images: none may be void. The weights hardly
+    # move, so that the losses of the second epoch tell which images it had.
+    settings = [write_scenes(tmp_path), "data.scale=[1, 1]", "dense.freeze_norm=true"]
+    settings += ["dense.lr=1e-6"]
+    path.write_text(RECIPE.format(output=tmp_path / "one"))
+    one = finetune(load_recipe(path, settings))["dense"]
+    path.write_text(RECIPE.format(output=tmp_path / "two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "pag_retrofit", "finetune", str(path), *settings, "data.batch_size=1"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/dense/metrics.json").read_text())
+    assert two["steps"] == one["steps"] and two["final"]["images"] == 5
+    for mine, theirs in zip(two["history"], one["history"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
