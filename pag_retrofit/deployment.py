@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.execution import Program
-from pag_retrofit.gates import Gate, RetrofitState, named_gates, state_of
+from pag_retrofit.gates import RetrofitState, named_gates, state_of
 from pag_retrofit.kernels import using
 from pag_retrofit.lowering import lower
 from pag_retrofit.mapped import MappedWeights
@@ -37,7 +37,6 @@ class DeployedNetwork(nn.Module):
     _programs: OrderedDict[Any, tuple[Program, Any]]
     _lock: threading.Lock
     _weights: MappedWeights
-    _gates: list[Gate]
 
     def __init__(self, gated: nn.Module, backend: str):
         """Copy the gated network."""
@@ -52,7 +51,6 @@ class DeployedNetwork(nn.Module):
     def _reset(self) -> None:
         self.__dict__["_programs"] = OrderedDict()
         self.__dict__["_lock"] = threading.Lock()
-        self.__dict__["_gates"] = [gate for _, gate in named_gates(self.gated)]
         self.__dict__["_weights"] = MappedWeights(self.gated)
 
     @torch.inference_mode(False)
@@ -89,10 +87,9 @@ class DeployedNetwork(nn.Module):
             return program.time_calls(leaves)
 
     def _key(self, leaves: list[Any], spec: Any) -> tuple[Any, ...]:
-        """What a program holds for: shapes, and whether gates rank pixels."""
-        ranked = any(gate.rate is not None for gate in self._gates)
+        """What a program holds for: shapes."""
         shapes = ((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return (spec, ranked, *shapes)
+        return (spec, *shapes)
 
     def _program(self, key: Any, leaves: list[Any], spec: Any) -> tuple[Program, Any]:
         with self._lock:
@@ -137,7 +134,7 @@ class DeployedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave programs out: they are made anew."""
-        left_out = ("_programs", "_lock", "_weights", "_gates")
+        left_out = ("_programs", "_lock", "_weights")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from pag_retrofit.functional import Window
 from pag_retrofit.gates import MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
-from pag_retrofit.policies import InputFreeGate
+from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _MOST_MADE_UP = 16
 
@@ -422,8 +422,8 @@ class Decide(Step):
 
     def _record(self, tape: kernels.Tape, values: Values) -> Tensor:
         """The mask, which replays decide anew: by the gate, or as made up at that time."""
-        weight, bias = self._parameters()
-        mask = self._own(values, weight, bias)
+        weight, bias, keep = self._parameters()
+        mask = self._own(values, weight, bias, keep)
         call = tape.last
         shown: list[Any] = [None, self._versions()]
 
@@ -433,7 +433,7 @@ class Decide(Step):
             if override is not None and override != shown[0]:
                 mask.copy_(self._from(override))
             if override is None and versions != shown[1]:
-                for held, new in zip((weight, bias), self._parameters(), strict=True):
+                for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
                     held.copy_(new)
                 shown[1] = versions
             shown[0] = override
@@ -452,18 +452,20 @@ class Decide(Step):
             self._made_up[override] = made_up
         return made_up
 
-    def _parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight (C,) and bias (1,) of the logit."""
+    def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight (C,) and bias (1,) of the logit, and how many pixels to open, if that is given."""
         gate = self.gate
-        return gate.weight.flatten() * gate.scale, gate.bias + gate.shift
+        keep = -1 if gate.rate is None else round(gate.rate * self.shape[2] * self.shape[3])
+        return gate.weight.flatten() * gate.scale, gate.bias + gate.shift, torch.tensor([keep])
 
     def _versions(self) -> tuple[float, ...]:
         """Different after a parameter has changed or was replaced."""
         gate = self.gate
         tensors = (*gate.parameters(), *gate.buffers())
-        return (gate.scale, *(number for x in tensors for number in (id(x), x._version)))
+        rate = -1.0 if gate.rate is None else gate.rate
+        return (gate.scale, rate, *(number for x in tensors for number in (id(x), x._version)))
 
-    def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor) -> Tensor:
+    def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
         name = self.sources[0].scale
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
         return kernels.gate_mask(
@@ -475,6 +477,7 @@ class Decide(Step):
             size=(self.shape[2], self.shape[3]),
             upsampling=[source.upsampling for source in self.sources],
             scale=_per_image(values[name]) if name else None,
+            keep=keep,
         )
 
 
@@ -523,7 +526,7 @@ class Stand(Step):
 
 @dataclass(kw_only=True)
 class DecidePerImage(Step):
-    """The decision of a gate that looks at a whole image, or ranks its pixels, run as it is.
+    """The decision of a gate that looks at a whole image, run as it is.
 
     Args:
         gate: The gate.
@@ -531,7 +534,7 @@ class DecidePerImage(Step):
         shape: (B, 1, h, w) of the mask.
     """
 
-    gate: PixelGate
+    gate: LayerGate
     source: Source
     shape: tuple[int, int, int, int]
 

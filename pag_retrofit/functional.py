@@ -113,19 +113,17 @@ def sample_mask(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     return hard + (soft - soft.detach())  # the bracket is exactly zero
 
 
-def largest(scores: Tensor, share: float) -> Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """A mask of the pixels with the largest scores, the same number in every image.
 
     Args:
         scores: (B, 1, H, W).
-        share: Of the pixels, in [0, 1].
+        count: Of pixels, at most H * W.
 
     Returns:
-        Float32 (B, 1, H, W), with `round(share * H * W)` ones per image; of equal scores those
-        that come first.
+        Float32 (B, 1, H, W), with `count` ones per image; of equal scores those that come first.
     """
     flat = scores.flatten(1)
-    count = round(share * flat.shape[1])
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.float32)
     # One selection, not a sort: maps have up to millions of pixels.

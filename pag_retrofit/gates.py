@@ -178,7 +178,7 @@ class PixelGate(Gate):
     def decide(self, logits: Tensor) -> Tensor:
         """The mask of evaluation."""
         if self.rate is not None:
-            return largest(logits, self.rate)
+            return largest(logits, round(self.rate * logits[0].numel()))
         return (logits >= 0).float()
 
     def probability(self, logits: Tensor) -> Tensor:

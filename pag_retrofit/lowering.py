@@ -547,7 +547,7 @@ class _Lowering:
             return True
         assert isinstance(gate, PixelGate)
         mask_shape = (shape[0], shape[1], shape[2], shape[3])
-        if isinstance(gate, LayerGate) or gate.rate is not None:
+        if isinstance(gate, LayerGate):
             self.make(source)
             self.state.steps.append(
                 DecidePerImage(

@@ -495,8 +495,33 @@ class TestRows:
 
     def test_gate_is_open_at_zero(self, twin: ModuleType) -> None:
         x, nothing = torch.randn(1, 3, 3, 5), torch.zeros(5)
-        mask = twin.gate([x], nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3), [1], None)
+        mask = twin.gate([x], nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3), [1], None, None)
         assert mask.all()
+
+    @pytest.mark.parametrize("keep", [-1, 0, 1, 30, 98, 99, 500])
+    @pytest.mark.parametrize("kind", ["random", "ties", "equal", "huge"])
+    def test_gate_keeps_the_largest(self, twin: ModuleType, keep: int, kind: str) -> None:
+        scores = torch.randn(2, 9, 11)
+        if kind == "ties":  # zeros of both signs among them
+            scores = (2 * scores).round() / 2 * 0.0 ** (scores > 1)
+        elif kind == "equal":
+            scores = torch.full_like(scores, -3.0)
+        elif kind == "huge":
+            scores = scores.sign() * (30 * scores).exp()
+        one, none = torch.ones(1), torch.zeros(1)
+        masks: list[Tensor] = []
+        with_module(
+            twin,
+            lambda: masks.append(
+                kernels.gate_mask(scores[..., None], one, none, keep=torch.tensor([keep]))
+            ),
+        )
+        expected = scores[:, None] >= 0
+        if keep >= 0:
+            order = scores.flatten(1).sort(dim=1, descending=True, stable=True).indices
+            expected = torch.zeros(2, 99, dtype=torch.bool)
+            expected.scatter_(1, order[:, :keep], True)
+        assert torch.equal(masks[0].flatten(1), expected.flatten(1))
 
     def test_several_threads_change_nothing(self, twin: ModuleType) -> None:
         x = torch.randn(2, 64, 64, 96)
@@ -508,7 +533,7 @@ class TestRows:
             out = torch.zeros_like(x)
             twin.layer_norm(out, x, pixels, length, None, None, 1e-6)
             gate = twin.gate(
-                [x], torch.ones(96), torch.zeros(1), (1, 1), (0, 0), (64, 64), [1], None
+                [x], torch.ones(96), torch.zeros(1), (1, 1), (0, 0), (64, 64), [1], None, None
             )
             results.append((out, twin.masked_mean(x, pixels, length), gate))
         if twin is native:
@@ -763,7 +788,7 @@ class TestArguments:
         twin.layer_norm(empty, empty, None, None, None, None, 1e-6)
         assert (
             twin.gate(
-                [empty], torch.ones(4), torch.ones(1), (1, 1), (0, 0), (5, 6), [1], None
+                [empty], torch.ones(4), torch.ones(1), (1, 1), (0, 0), (5, 6), [1], None, None
             ).numel()
             == 0
         )
@@ -834,7 +859,7 @@ class TestOperators:
             (OPS.convolution, tuple(a)),
             (OPS.layer_norm, (torch.empty_like(x), x, None, None, weight, None, 1e-6)),
             (OPS.masked_mean, (x, *listed)),
-            (OPS.gate, ([x], weight, torch.ones(1), [2, 2], [1, 0], [2, 3], [1], None)),
+            (OPS.gate, ([x], weight, torch.ones(1), [2, 2], [1, 0], [2, 3], [1], None, None)),
             (OPS.list_pixels, (mask, True)),
             (OPS.needed_inputs, (mask, window, [5, 6])),
         ]

@@ -45,7 +45,7 @@ _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "Pq")
-_GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "4P")
+_GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "6P")
 _LISTING = Struct("P2q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
@@ -259,19 +259,23 @@ def gate(
     size: tuple[int, int],
     upsampling: Sequence[int],
     scale: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
 
-    x (B, H, W, C) are the channels of the sources, upsampled.
+    x (B, H, W, C) are the channels of the sources, upsampled. If `keep` is not negative, so many
+    pixels of each image instead, those where it is largest.
     """
     batch = len(sources[0])
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
     packed = _GATE.pack(
         batch, *size, weight.numel(), *stride, *offset, len(sources), 0,
         *_sources(sources, upsampling),
-        _address(scale), weight.data_ptr(), bias.data_ptr(), mask.data_ptr(),
+        _address(scale), weight.data_ptr(), bias.data_ptr(), _address(keep), mask.data_ptr(), 0,
     )  # fmt: skip
-    _call(_DECIDE, packed, sources, weight, bias, scale, mask)
+    status = _call(_DECIDE, packed, sources, weight, bias, scale, keep, mask)
+    if status:
+        raise MemoryError("no memory to rank the pixels of a gate")
     return mask
 
 

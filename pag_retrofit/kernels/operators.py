@@ -46,7 +46,7 @@ _LIBRARY.define("interpolate(Tensor(a!) x, Tensor? pixels, Tensor? length) -> ()
 _LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
 _LIBRARY.define(
     "gate(Tensor[] sources, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size, "
-    "int[] upsampling, Tensor? scale) -> Tensor"
+    "int[] upsampling, Tensor? scale, Tensor? keep) -> Tensor"
 )
 _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
@@ -173,15 +173,18 @@ def _gate(
     size: Sequence[int],
     upsampling: Sequence[int],
     scale: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
     batch = len(sources[0]) if sources else 0
     channels = check_sources(sources, upsampling, batch, (0, 0))
     check_vector("weight", weight, (channels,))
     check_vector("bias", bias, (1,))
     check_vector("scale", scale, (batch, channels))
+    if keep is not None and (keep.shape != (1,) or keep.dtype != torch.int64):
+        raise PagError(f"keep is {keep.dtype} {tuple(keep.shape)}: expected int64 (1,)")
     _check_grid(sources, upsampling, stride, offset, size)
     result: Tensor = backend().gate(
-        sources, weight, bias, tuple(stride), tuple(offset), tuple(size), upsampling, scale
+        sources, weight, bias, tuple(stride), tuple(offset), tuple(size), upsampling, scale, keep
     )
     return result
 
@@ -260,6 +263,7 @@ def _(
     size: Sequence[int],
     upsampling: Sequence[int],
     scale: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
     return weight.new_empty(sources[0].shape[0], 1, *size, dtype=torch.bool)
 

@@ -232,6 +232,7 @@ def gate_mask(
     size: tuple[int, int] | None = None,
     upsampling: Sequence[int] | None = None,
     scale: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Decide which pixels to compute: where weight . (scale * x) + bias >= 0.
 
@@ -245,6 +246,8 @@ def gate_mask(
         upsampling: Power of two by which each source is (nearest-neighbour) upsampled as it is
             read; default 1 each.
         scale: (B, C); default ones.
+        keep: (1,) int64, read at each replay: open so many pixels of every image, those where the
+            sum is largest, of equal ones the first. Default, and if negative: all of at least 0.
 
     Returns:
         Bool (B, 1, h, w).
@@ -262,7 +265,7 @@ def gate_mask(
         )
         size = (height, width)
     result: Tensor = _OPS.gate(
-        maps, weight, bias, list(stride), list(offset), list(size), factors, scale
+        maps, weight, bias, list(stride), list(offset), list(size), factors, scale, keep
     )
     return result
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pag_retrofit.functional import Window, coarse
+from pag_retrofit.functional import Window, coarse, largest
 from pag_retrofit.functional import needed_inputs as soft_needed_inputs
 from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_list
 from pag_retrofit.kernels.packing import is_depthwise, unpack_weight
@@ -114,10 +114,12 @@ def gate(
     size: tuple[int, int],
     upsampling: Sequence[int],
     scale: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
 
-    x (B, H, W, C) are the channels of the sources, upsampled.
+    x (B, H, W, C) are the channels of the sources, upsampled. If `keep` is not negative, so many
+    pixels of each image instead, those where it is largest.
     """
     rows = torch.arange(size[0]) * stride[0] + offset[0]
     columns = torch.arange(size[1]) * stride[1] + offset[1]
@@ -130,7 +132,10 @@ def gate(
     )
     if scale is not None:
         kept = kept * scale[:, None, None]
-    return (kept @ weight + bias >= 0)[:, None]
+    scores = (kept @ weight + bias)[:, None]
+    if keep is not None and keep >= 0:
+        return largest(scores, min(int(keep), size[0] * size[1])).bool()
+    return scores >= 0
 
 
 def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:

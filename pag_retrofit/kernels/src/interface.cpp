@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <new>
 #include <thread>
 #include <vector>
@@ -282,13 +283,64 @@ int mean(const pag_rows* call, int threads) {
   return PAG_OK;
 }
 
+// Whole numbers in the order of floats, 0 and -0 alike; NaN with a clear sign is the largest.
+uint32_t rank_of(float score) {
+  uint32_t bits;
+  score += 0.0f;
+  memcpy(&bits, &score, sizeof bits);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// Opens the `keep` pixels with the largest scores, of equal ones the first. Instead of sorting, a
+// histogram finds among which pixels the last one is; `between` has room for all of them.
+void open_largest(const float* scores, int64_t pixels, int64_t keep, uint32_t* between,
+                  uint8_t* mask) {
+  constexpr int SHIFT = 20;
+  if (keep <= 0 || keep >= pixels) {
+    memset(mask, keep > 0, pixels);
+    return;
+  }
+  int64_t histogram[1 << (32 - SHIFT)] = {};
+  for (int64_t i = 0; i < pixels; i++) histogram[rank_of(scores[i]) >> SHIFT]++;
+  uint32_t bucket = (1 << (32 - SHIFT)) - 1;
+  int64_t left = keep;
+  while (histogram[bucket] < left) left -= histogram[bucket--];
+  int64_t found = 0;
+  for (int64_t i = 0; i < pixels; i++) {
+    const uint32_t rank = rank_of(scores[i]);
+    between[found] = rank;
+    found += rank >> SHIFT == bucket;
+  }
+  std::nth_element(between, between + left - 1, between + found, std::greater<uint32_t>());
+  const uint32_t last = between[left - 1];
+  left -= std::count_if(between, between + left, [=](uint32_t rank) { return rank > last; });
+  for (int64_t i = 0; i < pixels; i++) {
+    const uint32_t rank = rank_of(scores[i]);
+    const bool tie = rank == last && left > 0;
+    left -= tie;
+    mask[i] = rank > last || tie;
+  }
+}
+
 int decide(const pag_gate* call, int threads) {
   const pag_kernels& table = kernels();
-  const int64_t pixels = (int64_t)call->batch * call->out_height * call->out_width;
+  const int64_t each = (int64_t)call->out_height * call->out_width, pixels = call->batch * each;
+  const int64_t keep = call->keep ? *call->keep : -1;
+  pag_gate ranked = *call;
+  if (keep >= 0) {
+    const int64_t bytes = whole_lines(sizeof(float) * (pixels + 1));
+    ranked.scores = reinterpret_cast<float*>(thread_scratch.at_least(2 * bytes));
+    if (!ranked.scores) return PAG_NO_MEMORY;
+  }
   const int64_t chunks = worthwhile(threads, pixels * call->channels);
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.decide(call, pixels * i / chunks, pixels * (i + 1) / chunks);
+    table.decide(&ranked, pixels * i / chunks, pixels * (i + 1) / chunks);
   });
+  if (keep < 0) return PAG_OK;
+  uint32_t* between = reinterpret_cast<uint32_t*>(
+      reinterpret_cast<char*>(ranked.scores) + whole_lines(sizeof(float) * (pixels + 1)));
+  for (int64_t image = 0; image < call->batch; image++)
+    open_largest(ranked.scores + image * each, each, keep, between, call->mask + image * each);
   return PAG_OK;
 }
 

@@ -65,7 +65,8 @@ struct pag_rows {
   float epsilon;
 };
 
-// mask[pixel] = weight . (scale * in[offset + stride * pixel]) + bias >= 0
+// A pixel's score is weight . (scale * in[offset + stride * pixel]) + bias. Open are those with a
+// score of at least 0, or the `keep` pixels of each image with the largest, of equal ones the first.
 struct pag_gate {
   int32_t batch, out_height, out_width, channels, stride[2], offset[2];
   int32_t source_count, unused;
@@ -73,7 +74,9 @@ struct pag_gate {
   const float* scale;   // (batch, channels) or null
   const float* weight;  // (channels)
   const float* bias;    // one number
+  const int64_t* keep;  // null, or negative: all of at least 0
   uint8_t* mask;        // (batch, out_height, out_width)
+  float* scores;        // (batch, out_height, out_width), written in place of the mask, or null
 };
 
 // A dense-addressed map, of which listed pixels are changed.

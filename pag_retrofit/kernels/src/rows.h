@@ -156,12 +156,14 @@ PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
   return v[0];
 }
 
-// Output pixels [begin, end), all images.
+// Output pixels [begin, end), all images. A row that an upsampled source repeats is added up once.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
   const int64_t line = begin / call->out_width;
   int32_t image = (int32_t)(line / call->out_height);
   int32_t row = (int32_t)(line - (int64_t)image * call->out_height);
   int32_t column = (int32_t)(begin - line * call->out_width);
+  const float* seen[PAG_MAX_SOURCES] = {};
+  Vector parts[PAG_MAX_SOURCES] = {};
   for (; begin < end; begin += LANES) {
     const int count = end - begin < LANES ? (int)(end - begin) : LANES;
     Vector sums[LANES] = {};
@@ -173,7 +175,12 @@ void decide(const pag_gate* call, int64_t begin, int64_t end) {
       Vector sum = {};
       for (int s = 0; s < call->source_count; s++) {
         const pag_source& source = call->sources[s];
-        sum = add_products(sum, row_of(source, image, y, x), weight, scale, source.channels);
+        const float* values = row_of(source, image, y, x);
+        if (values != seen[s]) {
+          seen[s] = values;
+          parts[s] = add_products(Vector{}, values, weight, scale, source.channels);
+        }
+        sum += parts[s];
         weight += source.channels;
         if (scale) scale += source.channels;
       }
@@ -184,7 +191,10 @@ void decide(const pag_gate* call, int64_t begin, int64_t end) {
       }
     }
     const Vector logits = sum_each(sums) + *call->bias;
-    for (int i = 0; i < count; i++) call->mask[begin + i] = logits[i] >= 0;
+    if (call->scores)
+      store_up_to(call->scores + begin, logits, count);
+    else
+      for (int i = 0; i < count; i++) call->mask[begin + i] = logits[i] >= 0;
   }
 }
 
