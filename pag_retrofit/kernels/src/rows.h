@@ -156,46 +156,102 @@ PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
   return v[0];
 }
 
-// Output pixels [begin, end), all images. A row that an upsampled source repeats is added up once.
-void decide(const pag_gate* call, int64_t begin, int64_t end) {
-  const int64_t line = begin / call->out_width;
-  int32_t image = (int32_t)(line / call->out_height);
-  int32_t row = (int32_t)(line - (int64_t)image * call->out_height);
-  int32_t column = (int32_t)(begin - line * call->out_width);
+// The next of the output pixels in order.
+struct Walk {
+  int32_t image, row, column;
+
+  Walk(const pag_gate* call, int64_t pixel) {
+    const int64_t line = pixel / call->out_width;
+    image = (int32_t)(line / call->out_height);
+    row = (int32_t)(line - (int64_t)image * call->out_height);
+    column = (int32_t)(pixel - line * call->out_width);
+  }
+
+  PAG_INLINE void step(const pag_gate* call) {
+    if (++column < call->out_width) return;
+    column = 0;
+    if (++row == call->out_height) row = 0, image++;
+  }
+};
+
+PAG_INLINE void write_decisions(const pag_gate* call, int64_t begin, int count, Vector scores) {
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  scores += *call->bias;
+  if (call->scores) return store_up_to(call->scores + begin, scores, count);
+  const Bytes open = __builtin_convertvector(scores >= 0, Bytes) & 1;
+  memcpy(call->mask + begin, &open, count);
+}
+
+// A row that an upsampled source repeats is added up once.
+void decide_wide(const pag_gate* call, int64_t begin, int64_t end) {
+  Walk at(call, begin);
   const float* seen[PAG_MAX_SOURCES] = {};
   Vector parts[PAG_MAX_SOURCES] = {};
   for (; begin < end; begin += LANES) {
     const int count = end - begin < LANES ? (int)(end - begin) : LANES;
     Vector sums[LANES] = {};
-    for (int i = 0; i < count; i++) {
-      const int32_t y = row * call->stride[0] + call->offset[0];
-      const int32_t x = column * call->stride[1] + call->offset[1];
+    for (int i = 0; i < count; i++, at.step(call)) {
+      const int32_t y = at.row * call->stride[0] + call->offset[0];
+      const int32_t x = at.column * call->stride[1] + call->offset[1];
       const float* weight = call->weight;
-      const float* scale = call->scale ? call->scale + (int64_t)image * call->channels : nullptr;
-      Vector sum = {};
+      const float* scale =
+          call->scale ? call->scale + (int64_t)at.image * call->channels : nullptr;
       for (int s = 0; s < call->source_count; s++) {
         const pag_source& source = call->sources[s];
-        const float* values = row_of(source, image, y, x);
+        const float* values = row_of(source, at.image, y, x);
         if (values != seen[s]) {
           seen[s] = values;
           parts[s] = add_products(Vector{}, values, weight, scale, source.channels);
         }
-        sum += parts[s];
+        sums[i] += parts[s];
         weight += source.channels;
         if (scale) scale += source.channels;
       }
-      sums[i] = sum;
-      if (++column == call->out_width) {
-        column = 0;
-        if (++row == call->out_height) row = 0, image++;
-      }
     }
-    const Vector logits = sum_each(sums) + *call->bias;
-    if (call->scores)
-      store_up_to(call->scores + begin, logits, count);
-    else
-      for (int i = 0; i < count; i++) call->mask[begin + i] = logits[i] >= 0;
+    write_decisions(call, begin, count, sum_each(sums));
   }
+}
+
+// One source of few channels: its weights stay in registers.
+template <int PARTS>
+void decide_narrow(const pag_gate* call, int64_t begin, int64_t end) {
+  const pag_source& source = call->sources[0];
+  const int tail = (PARTS - 1) * LANES, rest = call->channels - tail;
+  Walk at(call, begin);
+  int32_t weighted = -1;  // the image whose scale is in the weights
+  Vector weights[PARTS] = {};
+  for (; begin < end; begin += LANES) {
+    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
+    Vector sums[LANES] = {};
+    for (int i = 0; i < count; i++, at.step(call)) {
+      if (at.image != weighted) {
+        weighted = at.image;
+        const float* scale =
+            call->scale ? call->scale + (int64_t)weighted * call->channels : nullptr;
+        for (int k = 0; k < PARTS; k++) {
+          const int width = k < PARTS - 1 ? LANES : rest;
+          weights[k] = load_up_to(call->weight + k * LANES, width);
+          if (scale) weights[k] *= load_up_to(scale + k * LANES, width);
+        }
+      }
+      const float* values = row_of(source, at.image, at.row * call->stride[0] + call->offset[0],
+                                   at.column * call->stride[1] + call->offset[1]);
+      Vector sum = load_up_to(values + tail, rest) * weights[PARTS - 1];
+      PAG_UNROLL
+      for (int k = 0; k < PARTS - 1; k++) sum += load(values + k * LANES) * weights[k];
+      sums[i] = sum;
+    }
+    write_decisions(call, begin, count, sum_each(sums));
+  }
+}
+
+// Output pixels [begin, end), all images.
+void decide(const pag_gate* call, int64_t begin, int64_t end) {
+  const int parts = call->source_count == 1 ? (call->channels + LANES - 1) / LANES : 0;
+  if (parts == 1) return decide_narrow<1>(call, begin, end);
+  if (parts == 2) return decide_narrow<2>(call, begin, end);
+  if (parts == 4) return decide_narrow<4>(call, begin, end);
+  decide_wide(call, begin, end);
 }
 
 // Output pixels [begin, end), all images. A NaN in a window wins, as in torch.
