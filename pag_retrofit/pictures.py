@@ -29,7 +29,10 @@ from pag_retrofit.measurement import Measurement
 
 DOTS_PER_INCH = 150
 _WIDTH = 9.0
-_SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+_SERIES = (  # Okabe and Ito, then Tol
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288",
+)  # fmt: skip
+_MARKERS = "osD^vPX*"
 _COMPUTE_COLOURS = "viridis"
 _VOID = (64, 64, 64)
 _INK, _FAINT, _TRACK = "#222222", "#767676", "#ececec"
@@ -322,9 +325,10 @@ def tradeoff_chart(
     axes.grid(color=_TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
     names = []
-    for (name, series), colour in zip(points.items(), cycle(_SERIES), strict=False):
+    styles = cycle(zip(_SERIES, _MARKERS, strict=True))
+    for (name, series), (colour, marker) in zip(points.items(), styles, strict=False):
         if series:
-            _draw_series(axes, series, colour)
+            _draw_series(axes, series, colour, marker, valued=len(points) <= 2)
             names.append((max(series)[1], name, colour))
     for name, value in reference.items():
         axes.axhline(value, color=_FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
@@ -367,7 +371,7 @@ def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: 
     )  # fmt: skip
     axes.axhline(1.0, color=_FAINT, linewidth=0.8)
     for (name, line), colour, marker in zip(
-        lines.items(), cycle(_SERIES), cycle("osD^vPX"), strict=False
+        lines.items(), cycle(_SERIES), cycle(_MARKERS), strict=False
     ):
         xs, ys = zip(*sorted(line), strict=True)
         axes.plot(
@@ -591,11 +595,13 @@ def _write_values(axes: Axes, places: list[int], values: list[float]) -> None:
         )
 
 
-def _draw_series(axes: Axes, series: Sequence[tuple[float, float]], colour: str) -> None:
-    """Draw points in the order of their compute, each with its value above it."""
+def _draw_series(
+    axes: Axes, series: Sequence[tuple[float, float]], colour: str, marker: str, *, valued: bool
+) -> None:
+    """Draw points in the order of their compute, each with its value above it if there is room."""
     fractions, values = zip(*sorted((100 * f, value) for f, value in series), strict=True)
-    axes.plot(fractions, values, marker="o", markersize=6, linewidth=1.8, color=colour)
-    for place in zip(fractions, values, strict=True):
+    axes.plot(fractions, values, marker=marker, markersize=6, linewidth=1.8, color=colour)
+    for place in zip(fractions, values, strict=True) if valued else ():
         axes.annotate(
             f"{place[1]:.3f}",
             place,

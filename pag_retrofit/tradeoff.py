@@ -32,6 +32,12 @@ NAMES = {
     "resizing": "smaller input",
 }
 """Stage -> name in charts."""
+_METRICS = {
+    "miou": "mIoU",
+    "ods": "F measure (ODS)",
+    "abs_rel": "relative error (lower is better)",
+    "mean": "mean angle in degrees (lower is better)",
+}
 _IMAGES = 8
 """Validation images that networks are timed on."""
 
@@ -106,6 +112,7 @@ def charts(points: Sequence[Point], metric: str, title: str) -> dict[str, Figure
     """The curves: `compute`, and `latency` if times were measured; means over seeds."""
     reference = _mean(points, "reference") or _mean(points, "dense")
     lines = {"dense": reference} if reference is not None else {}
+    metric = _METRICS.get(metric, metric)
     figures = {
         "compute": tradeoff_chart(
             _series([(p, p.fraction) for p in points]), lines, metric=metric, title=title
