@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "identity": ("gated.retrofit={bypass: identity}",),
     "conv": ("gated.retrofit={scope: conv}",),
     "conv_collapsed": ("gated.retrofit={scope: conv, bypass: collapsed}",),
+    "weight_40": ("gated.sparsity.weight=40",),
     "dial": ("stages=[dial]",),
 }
 """Name -> overrides of the recipe."""
@@ -82,6 +83,10 @@ def main() -> None:
             ]
             rows += run_variant(arguments.recipe, name, seed, overrides)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    before = results.get(recipe.name, {"rows": []})["rows"]
+    done = {(row["variant"], row["seed"], row["budget"]) for row in rows}
+    rows += [r for r in before if (r["variant"], r["seed"], r["budget"]) not in done]
+    rows.sort(key=lambda r: (list(VARIANTS).index(r["variant"]), -(r["budget"] or 2), r["seed"]))
     results[recipe.name] = {"metric": metric, "rows": rows, "environment": environment()}
     write_json(RESULTS, results)
 

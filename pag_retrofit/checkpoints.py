@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
+from pag_retrofit.errors import TrainingError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -43,6 +51,29 @@ class Progress:
         """Takes over what `state_dict` gave."""
         for name, value in state.items():
             setattr(self, name, value)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go of it even if this process is killed.
+
+    Raises:
+        TrainingError: another process holds the folder.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"another process is training in {folder}; wait for it, or choose another output"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Checkpoints:

@@ -10,6 +10,7 @@ import logging
 import platform
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,7 @@ from pag_retrofit.building import (
     save_weights,
 )
 from pag_retrofit.calibration import calibrate, set_budget
-from pag_retrofit.checkpoints import write_json, write_text
+from pag_retrofit.checkpoints import locked, write_json, write_text
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
@@ -72,7 +73,7 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
     Raises:
         RecipeError: there is no dense network to start from.
         RecipeError: a stage's folder holds the results of another recipe.
-        TrainingError: a loss or a weight is not finite.
+        TrainingError: a loss or a weight is not finite, or another process trains in a folder.
     """
     process_state()  # before anything else can start it
     if recipe.runtime.threads is not None:
@@ -109,6 +110,13 @@ def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         if metrics["complete"]:
             logger.info("%s: complete, skipped (%s)", stage.name, stage.folder)
             return metrics
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    with locked(stage.folder) if process_state().is_main_process else nullcontext():
+        return _train_stage(stage, recipe)
+
+
+def _train_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Trains, calibrates, evaluates and writes what came out."""
     _write_head(stage, recipe)
     set_seed(recipe.seed)
     network = _starting_network(stage, recipe)
@@ -201,7 +209,6 @@ def _calibrate_and_evaluate(
 def _write_head(stage: Stage, recipe: Recipe) -> None:
     """Writes the recipe and the environment of a stage."""
     if process_state().is_main_process:
-        stage.folder.mkdir(parents=True, exist_ok=True)
         write_json(stage.folder / "environment.json", environment())
         write_text(stage.folder / "recipe.yaml", recipe.to_yaml())
     process_state().wait_for_everyone()

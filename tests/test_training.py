@@ -20,6 +20,7 @@ from safetensors.torch import save_file as save_tensors
 
 from pag_retrofit import from_pretrained, measure
 from pag_retrofit.building import build_network, save_weights
+from pag_retrofit.checkpoints import locked
 from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
 from pag_retrofit.evaluation import evaluate_file
 from pag_retrofit.recipe import Recipe, load_recipe
@@ -245,6 +246,15 @@ def test_results_of_another_recipe_are_not_overwritten(recipe):
         finetune(recipe("dense.epochs=1", "dense.lr=0.1"))
     # What has no effect on the stage may differ.
     finetune(recipe("dense.epochs=1", "gated.lr=0.1", "runtime.threads=1", "data.workers=1"))
+
+
+def test_a_folder_is_for_one_run_at_a_time(recipe):
+    tiny = recipe()
+    folder = tiny.output / "dense"
+    folder.mkdir(parents=True)
+    with locked(folder), pytest.raises(TrainingError, match="another process is training in"):
+        finetune(tiny)
+    assert not (folder / "recipe.yaml").exists()
 
 
 # Exact resume ------------------------------------------------------------------------------------
