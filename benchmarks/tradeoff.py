@@ -127,7 +127,8 @@ def main() -> None:
         for name, figure in figures.items():
             path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
             save_figure(figure, path)
-            Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+            if name != "panel":  # 256 colours are enough for lines
+                Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 if __name__ == "__main__":
