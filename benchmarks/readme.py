@@ -23,6 +23,7 @@ LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
 ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.json"
 KERNELS = ROOT / "benchmarks" / "results" / "kernels.json"
 TRADEOFF = ROOT / "benchmarks" / "results" / "tradeoff.json"
+ABLATION = ROOT / "benchmarks" / "results" / "ablation.json"
 MEMORY = ROOT / "benchmarks" / "results" / "memory.json"
 
 
@@ -31,6 +32,16 @@ _METRICS = {
     "ods": ("ODS F (%)", 100),
     "abs_rel": ("relative error of depth (%, lower is better)", 100),
     "mean": ("mean angle (degrees, lower is better)", 1),
+}
+_VARIANTS = {
+    "reference": "dense, trained on equally long",
+    "default": "default: one budget term, residual branches, collapsed bypass",
+    "layer_kl": "a KL term per gate (the paper)",
+    "identity": "identity bypass",
+    "conv": "scope `conv`, identity bypass (the paper)",
+    "conv_collapsed": "scope `conv`, collapsed bypass",
+    "weight_40": "sparsity weight 40 instead of 10",
+    "dial": "one network for all budgets (the dial)",
 }
 _KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
@@ -223,6 +234,32 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(results: dict[str, Any]) -> str:
+    """Per recipe: every variant at every budget, each seed and their mean."""
+    lines = []
+    for name, run in results.items():
+        shown, factor = _METRICS[run["metric"]]
+        seeds = sorted({row["seed"] for row in run["rows"]})
+        lines += [
+            f"`recipes/{name}.yaml`, {shown}, seeds {', '.join(map(str, seeds))}; all variants "
+            "start from one dense network:",
+            "",
+            f"| variant | budget | measured compute | {shown}, each seed | mean |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        groups = dict.fromkeys((row["variant"], row["budget"]) for row in run["rows"])
+        for variant, budget in groups:
+            rows = [r for r in run["rows"] if (r["variant"], r["budget"]) == (variant, budget)]
+            scores = [factor * row["metric"] for row in rows]
+            lines.append(
+                f"| {_VARIANTS[variant]} | {'' if budget is None else f'{budget:g}'} | "
+                f"{statistics.mean(row['fraction'] for row in rows):.3f} | "
+                f"{', '.join(f'{score:.2f}' for score in scores)} | {statistics.mean(scores):.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _in_order(stage: tuple[str, float | None]) -> tuple[float, int]:
     kind, budget = stage
     return (-2.0 if budget is None else -budget, list(_KINDS).index(kind))
@@ -343,6 +380,12 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         "tradeoff-table",
         tradeoff_table(json.loads(TRADEOFF.read_text(encoding="utf-8"))),
     )
+    ablations = root / "docs" / "ablations.md"
+    compared = replace_block(
+        ablations.read_text(encoding="utf-8"),
+        "ablation-table",
+        ablation_table(json.loads(ABLATION.read_text(encoding="utf-8"))),
+    )
     details = page.read_text(encoding="utf-8")
     table = summary_table(results).replace("; [more](docs/camvid.md)", "")
     details = replace_block(details, "camvid-table", table)
@@ -354,6 +397,7 @@ def render(root: Path = ROOT) -> dict[Path, str]:
         multipool: pooled,
         kernels: timed_layers,
         tradeoff: curves,
+        ablations: compared,
     }
 
 

@@ -7,6 +7,7 @@ channels last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -545,10 +546,22 @@ class DecidePerImage(Step):
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Decide."""
         x = values[self.source.value]
-        mask = values[self.writes] = self._mask(x)
-        _repeat(lambda: mask.copy_(self._mask(x)))
+        if self.gate.cost.stride == (1, 1):
+            mean = kernels.masked_mean(as_rows(x, self.source.layout))
+            decide = functools.partial(self._from_mean, mean)
+        else:
+            decide = functools.partial(self._from_map, x)
+        mask = values[self.writes] = decide()
+        _repeat(lambda: mask.copy_(decide()))
 
-    def _mask(self, x: Tensor) -> Tensor:
+    def _from_mean(self, mean: Tensor) -> Tensor:
+        gate = self.gate
+        logits = mean @ (gate.weight.flatten() * gate.scale) + gate.bias + gate.shift
+        whole = logits.view(-1, 1, 1, 1).expand(self.shape)
+        mask = gate.decide(whole) if gate.override is None else gate.override.mask(whole)
+        return mask.bool().contiguous()
+
+    def _from_map(self, x: Tensor) -> Tensor:
         mask: Tensor = self.gate(x, self.shape[2:])
         return mask.bool().contiguous()
 
