@@ -36,6 +36,7 @@ IMAGES = ROOT / "docs" / "images"
 KINDS = ("dense", "reference", *NAMES)
 SHOWN = 2
 """Validation images in a panel."""
+_PANEL = (900, 900)
 NOT_SCORES = ("fraction", "images", "seconds", "open_rates", "iou")
 
 
@@ -127,8 +128,12 @@ def main() -> None:
         for name, figure in figures.items():
             path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
             save_figure(figure, path)
-            if name != "panel":  # 256 colours are enough for lines
-                Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+            picture = Image.open(path).convert("RGB")
+            if name == "panel":
+                picture.thumbnail(_PANEL)
+            else:
+                picture = picture.quantize(256)  # enough for lines
+            picture.save(path, optimize=True)
 
 
 if __name__ == "__main__":
