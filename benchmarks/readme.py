@@ -17,14 +17,7 @@ import coverage_page
 from pag_retrofit.tradeoff import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "camvid_mobilenetv2.json"
-MULTIPOOL = ROOT / "benchmarks" / "results" / "multipool.json"
-LATENCY = ROOT / "benchmarks" / "results" / "latency.json"
-ROOFLINE = ROOT / "benchmarks" / "results" / "roofline.json"
-KERNELS = ROOT / "benchmarks" / "results" / "kernels.json"
-TRADEOFF = ROOT / "benchmarks" / "results" / "tradeoff.json"
-ABLATION = ROOT / "benchmarks" / "results" / "ablation.json"
-MEMORY = ROOT / "benchmarks" / "results" / "memory.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 _METRICS = {
@@ -339,66 +332,63 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def render(root: Path = ROOT) -> dict[Path, str]:
-    """Texts of the generated files, by path."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    readme, page = root / "README.md", root / "docs" / "camvid.md"
-    text = replace_block(readme.read_text(encoding="utf-8"), "camvid-table", summary_table(results))
+def matching_sentence(results: dict[str, Any]) -> str:
+    """How scores of boundaries differ between two ways to match."""
+    alike, cheapest = results["alike"], results["cheapest"]
+    return (
+        f"Gradient magnitudes of {results['images']} images of BSDS500 at {results['thresholds']} "
+        f"thresholds (`python benchmarks/matching.py`): recall {alike['ods_recall']:.4f} with "
+        f"pairs alike, {cheapest['ods_recall']:.4f} with the cheapest assignment; ODS "
+        f"{alike['ods']:.4f} and {cheapest['ods']:.4f}; {alike['seconds']:.0f} and "
+        f"{cheapest['seconds']:.0f} seconds."
+    )
+
+
+def _blocks() -> dict[str, dict[str, str]]:
+    """Page -> block -> its content."""
+    camvid, timed = _read("camvid_mobilenetv2"), _read("latency")
+    summary, times = summary_table(camvid), latency_table(timed)
     picture = (
         "![Image, label, prediction and compute map of CamVid frames](docs/images/camvid_panel.png)"
     )
-    text = replace_block(text, "camvid-picture", picture)
-    coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
-    text = replace_block(text, "coverage-table", coverage_page.summary(coverage))
-    timed = json.loads(LATENCY.read_text(encoding="utf-8"))
-    text = replace_block(text, "latency-table", latency_table(timed, short=True))
-    deployment = root / "docs" / "deployment.md"
-    deployed = replace_block(
-        deployment.read_text(encoding="utf-8"),
-        "latency-table",
-        latency_table(timed).replace("; [more](docs/deployment.md)", ""),
-    )
-    deployed = replace_block(deployed, "trained-table", trained_table(timed))
-    held = json.loads(MEMORY.read_text(encoding="utf-8"))
-    deployed = replace_block(deployed, "memory-table", memory_table(held))
-    roofline = json.loads(ROOFLINE.read_text(encoding="utf-8"))
-    deployed = replace_block(deployed, "roofline-table", roofline_table(roofline))
-    multipool = root / "docs" / "multipool.md"
-    pooled = replace_block(
-        multipool.read_text(encoding="utf-8"),
-        "multipool-table",
-        multipool_table(json.loads(MULTIPOOL.read_text(encoding="utf-8"))),
-    )
-    kernels = root / "docs" / "kernels.md"
-    layers = json.loads(KERNELS.read_text(encoding="utf-8"))
-    timed_layers = replace_block(
-        kernels.read_text(encoding="utf-8"), "kernels-table", kernels_table(layers)
-    )
-    tradeoff = root / "docs" / "tradeoff.md"
-    curves = replace_block(
-        tradeoff.read_text(encoding="utf-8"),
-        "tradeoff-table",
-        tradeoff_table(json.loads(TRADEOFF.read_text(encoding="utf-8"))),
-    )
-    ablations = root / "docs" / "ablations.md"
-    compared = replace_block(
-        ablations.read_text(encoding="utf-8"),
-        "ablation-table",
-        ablation_table(json.loads(ABLATION.read_text(encoding="utf-8"))),
-    )
-    details = page.read_text(encoding="utf-8")
-    table = summary_table(results).replace("; [more](docs/camvid.md)", "")
-    details = replace_block(details, "camvid-table", table)
-    details = replace_block(details, "camvid-classes", class_table(results))
     return {
-        readme: text,
-        page: details,
-        deployment: deployed,
-        multipool: pooled,
-        kernels: timed_layers,
-        tradeoff: curves,
-        ablations: compared,
+        "README.md": {
+            "camvid-table": summary,
+            "camvid-picture": picture,
+            "coverage-table": coverage_page.summary(_read("coverage")),
+            "latency-table": latency_table(timed, short=True),
+        },
+        "docs/camvid.md": {
+            "camvid-table": summary.replace("; [more](docs/camvid.md)", ""),
+            "camvid-classes": class_table(camvid),
+        },
+        "docs/deployment.md": {
+            "latency-table": times.replace("; [more](docs/deployment.md)", ""),
+            "trained-table": trained_table(timed),
+            "memory-table": memory_table(_read("memory")),
+            "roofline-table": roofline_table(_read("roofline")),
+        },
+        "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
+        "docs/kernels.md": {"kernels-table": kernels_table(_read("kernels"))},
+        "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
+        "docs/ablations.md": {"ablation-table": ablation_table(_read("ablation"))},
+        "docs/tasks.md": {"matching-table": matching_sentence(_read("matching"))},
     }
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def render(root: Path = ROOT) -> dict[Path, str]:
+    """Texts of the generated files, by path."""
+    pages = {}
+    for name, blocks in _blocks().items():
+        text = (root / name).read_text(encoding="utf-8")
+        for block, content in blocks.items():
+            text = replace_block(text, block, content)
+        pages[root / name] = text
+    return pages
 
 
 def main() -> None:
