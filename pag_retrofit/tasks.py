@@ -299,7 +299,8 @@ class BoundaryTask:
     The network's one output channel is the logit of a boundary. Where at least `AGREEMENT` of the
     annotators see a boundary there is one, where some do the pixel does not count, and elsewhere
     there is none (Liu et al., CVPR 2017). Both kinds of pixels weigh alike in each image (Xie & Tu,
-    ICCV 2015).
+    ICCV 2015). The loss is a mean by weight, as large as a cross entropy of balanced classes is: the
+    mean over all pixels would be a tenth of that, and the budget's term outweigh it.
 
     Args:
         thresholds: at which evaluations match boundaries. Default: 19; papers use 99, as
@@ -333,7 +334,7 @@ class BoundaryTask:
         losses = F.binary_cross_entropy_with_logits(
             output.float(), positive.float(), weight=weight, reduction="sum"
         )
-        return losses / total.sum()
+        return losses / weight.sum().clamp(min=1)
 
     def counts(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Counts (B, T + 1, 4) float64 of `pag_retrofit.boundaries.boundary_counts`.
