@@ -15,6 +15,8 @@ FLAGS = [
     # Sums may be reordered by hand only; these allow fused multiply-adds and vector minima.
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast",
 ]  # fmt: skip
+# Vectors are written by hand; the compiler's, of loops over a few pixels, cost more than they save.
+BY_HAND = ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -33,7 +35,8 @@ class BuildKernels(build_ext):
         objects = self._compile("interface.cpp", "interface", extra)
         for name, flags in INSTRUCTION_SETS.items():
             define = f"-DPAG_INSTRUCTION_SET={name}"
-            objects += self._compile("instruction_set.cpp", name, [*flags, define, *extra])
+            flags = [*BY_HAND, *flags, define, *extra]
+            objects += self._compile("instruction_set.cpp", name, flags)
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(extension.name),

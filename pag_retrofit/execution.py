@@ -26,29 +26,65 @@ from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _MOST_MADE_UP = 16
+_LINE = 16  # floats of a cache line
+
+
+class Range(NamedTuple):
+    """Floats [begin, end) of a block of memory, the block by its number."""
+
+    block: int
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Floats."""
+        return self.end - self.begin
 
 
 class Memory:
-    """Memory of maps that kernels wrote, kept for the next ones of the same size.
+    """Memory of maps, given out again as soon as nothing looks into them.
 
-    Fresh memory costs a page fault every few kilobytes: more than a small layer takes.
+    Fresh memory costs a page fault every few kilobytes, more than a small layer takes; and where
+    others lay is still cached. So each map takes the smallest free range that it fits in; what is
+    left of the range stays free.
+
+    Args:
+        floats: How many to have at once; more come as they are asked for.
     """
 
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        self._free: dict[int, list[Tensor]] = {}
+    def __init__(self, floats: int):
+        """Nothing is taken yet."""
+        self.blocks = [kernels.backend().empty(floats)]
+        self._free = [Range(0, 0, floats)]
 
-    def take(self, floats: int) -> Tensor:
-        """Flat memory, uninitialised."""
-        try:
-            return self._free[floats].pop()
-        except (KeyError, IndexError):
-            flat: Tensor = kernels.backend().empty(floats)
-            return flat
+    def take(self, floats: int) -> tuple[Tensor, Range]:
+        """Flat memory, uninitialised, and what to give back."""
+        size = _whole_lines(floats)
+        fitting = [free for free in self._free if free.size >= size]
+        if fitting:
+            found = min(fitting, key=lambda free: free.size)
+            self._free.remove(found)
+        else:
+            found = Range(len(self.blocks), 0, size)
+            self.blocks.append(kernels.backend().empty(size))
+        taken = Range(found.block, found.begin, found.begin + size)
+        if found.size > size:
+            self._free.append(Range(found.block, taken.end, found.end))
+        return self.blocks[taken.block][taken.begin : taken.begin + floats], taken
 
-    def give(self, flat: Tensor) -> None:
+    def give(self, given: Range) -> None:
         """Give memory back that nothing looks into any more."""
-        self._free.setdefault(flat.numel(), []).append(flat)
+        for free in [free for free in self._free if free.block == given.block]:
+            if free.end == given.begin or free.begin == given.end:
+                self._free.remove(free)
+                begin, end = min(free.begin, given.begin), max(free.end, given.end)
+                given = Range(given.block, begin, end)
+        self._free.append(given)
+
+
+def _whole_lines(floats: int) -> int:
+    return max(1, -(-floats // _LINE)) * _LINE
 
 
 class Values(dict[str, Any]):
@@ -63,11 +99,11 @@ class Values(dict[str, Any]):
         """Start with what is there."""
         super().__init__(start)
         self.memory = memory
-        self.taken: dict[str, Tensor] = {}
+        self.taken: dict[str, Range] = {}
 
     def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         """Memory for a map, as rows (B, H, W, C)."""
-        flat = self.taken[name] = self.memory.take(math.prod(shape))
+        flat, self.taken[name] = self.memory.take(math.prod(shape))
         return flat.view(*shape)
 
     def hold(self, name: str, x: Tensor) -> Tensor:
@@ -692,18 +728,16 @@ class _Recording:
     """A forward pass whose inputs, maps and results stay where they are.
 
     Args:
-        steps: Called with inputs and memory, gives the results.
+        steps: Called with inputs, gives the results.
         arguments: Inputs.
     """
 
-    def __init__(
-        self, steps: Callable[[Sequence[Any], Memory], list[Any]], arguments: Sequence[Any]
-    ):
+    def __init__(self, steps: Callable[[Sequence[Any]], list[Any]], arguments: Sequence[Any]):
         """Pass forward, and record that."""
         self._inputs = [_own_copy(x) for x in arguments]
         self._tape = kernels.Tape()
         with kernels.record_on(self._tape):
-            self.results = steps(self._inputs, Memory())
+            self.results = steps(self._inputs)
 
     def repeat(self, arguments: Sequence[Any]) -> None:
         """Pass forward with other inputs."""
@@ -750,9 +784,9 @@ class Program:
             for name in (*step.reads(), step.writes, *_masks(self.demanded[index], step)):
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
-        self._memory = Memory()
         self._recorded: list[_Recording] = []  # those that no thread is in
         self.free = self._releases(last, kept)
+        self._most = self._most_at_once()
         self.dead: list[list[str]] = [[] for _ in self.steps]
         for name, index in last.items():
             if name not in kept and name not in constants:
@@ -761,7 +795,7 @@ class Program:
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """One forward pass: recorded, or a replay of one that was."""
         if not kernels.can_record():
-            return self._steps(arguments, self._memory)
+            return self._steps(arguments)
         try:
             recorded = self._recorded.pop()
         except IndexError:
@@ -781,7 +815,6 @@ class Program:
     def forget(self) -> None:
         """Let go of the memory that later passes would use; they record anew."""
         self._recorded.clear()
-        self._memory = Memory()
 
     def share_weights(self, other: Program) -> None:
         """Use the packed weights of a program of the same network where they are the same."""
@@ -794,9 +827,9 @@ class Program:
         """Its convolutions, in order."""
         return [step.layer for step in self.steps if isinstance(step, Convolve)]
 
-    def _steps(self, arguments: Sequence[Any], memory: Memory) -> list[Any]:
+    def _steps(self, arguments: Sequence[Any]) -> list[Any]:
         given = dict(zip(self.inputs, arguments, strict=True))
-        values = Values({**self.constants, **given}, memory)
+        values = Values({**self.constants, **given}, Memory(self._most))
         demands = Demands(values)
         for step, demanded, dead, free in zip(
             self.steps, self.demanded, self.dead, self.free, strict=True
@@ -806,7 +839,7 @@ class Program:
                 del values[name]
             for name in free:
                 if name in values.taken:
-                    memory.give(values.taken[name])
+                    values.memory.give(values.taken[name])
         return [values[o.name] if isinstance(o, Value) else o for o in self.outputs]
 
     def _demands(self) -> list[Demand]:
@@ -857,6 +890,18 @@ class Program:
             if end < len(self.steps):
                 free[end].append(owner)
         return free
+
+    def _most_at_once(self) -> int:
+        """Floats of the maps that are there at once, where those are most."""
+        sizes: dict[str, int] = {}
+        most = 0
+        for step, free in zip(self.steps, self.free, strict=True):
+            if isinstance(step, Allocate) and not step.in_place:
+                sizes[step.writes] = _whole_lines(math.prod(step.buffer.shape))
+                most = max(most, sum(sizes.values()))
+            for name in free:
+                sizes.pop(name, None)
+        return most
 
 
 def _masks(demanded: Demand, step: Step) -> Iterator[str]:

@@ -299,7 +299,7 @@ class BoundaryTask:
     The network's one output channel is the logit of a boundary. Where at least `AGREEMENT` of the
     annotators see a boundary there is one, where some do the pixel does not count, and elsewhere
     there is none (Liu et al., CVPR 2017). Both kinds of pixels weigh alike in each image (Xie & Tu,
-    ICCV 2015). The loss is a mean by weight, as large as a cross entropy of balanced classes is: the
+    ICCV 2015). The loss is a mean by weight, as large as a cross entropy of balanced classes: the
     mean over all pixels would be a tenth of that, and the budget's term outweigh it.
 
     Args:

@@ -22,7 +22,7 @@ from user_models import MODELS
 
 import pag_retrofit as pag
 from pag_retrofit.deployment import DeployedNetwork
-from pag_retrofit.execution import Allocate, Call, Convolve
+from pag_retrofit.execution import Allocate, Call, Convolve, Memory, Range
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
 
@@ -409,6 +409,37 @@ def test_profile_names_every_call(deployed: DeployedNetwork) -> None:
     assert [a.out.shape[3] for a in convolutions] == [step.layer.out_channels for step in steps]
     assert {"list", "halo", "max pool"} <= {kind for kind, _, _ in calls}
     assert all(seconds > 0 for _, _, seconds in calls)
+
+
+@given(reserved=st.integers(1, 20), orders=st.lists(st.integers(-9, 60), max_size=40))
+def test_memory_is_one_map_at_a_time(reserved: int, orders: list[int]) -> None:
+    memory = Memory(16 * reserved)
+    taken: list[tuple[Tensor, Range]] = []
+
+    def give(index: int) -> None:
+        flat, given = taken.pop(index)
+        assert (flat == flat[:1]).all()  # what its owner wrote is still there
+        memory.give(given)
+
+    for number, order in enumerate(orders):
+        if order >= 0:
+            taken.append(memory.take(order))
+            taken[-1][0].fill_(number)
+        elif taken:
+            give(order % len(taken))
+    while taken:
+        give(0)
+    for block in list(memory.blocks):  # all of it is free again, in one piece each
+        assert memory.take(block.numel())[0].numel() == block.numel()
+    assert len(memory.blocks) <= 1 + sum(order >= 0 for order in orders)
+
+
+@needs_kernels
+def test_maps_lie_where_earlier_ones_lay(deployed: DeployedNetwork) -> None:
+    calls = deployed.profile(torch.randn(SHAPE))
+    outs = [kept[0].out for kind, kept, _ in calls if kind == "convolution"]
+    blocks = {out.untyped_storage().data_ptr(): out.untyped_storage().nbytes() for out in outs}
+    assert sum(blocks.values()) < sum(4 * out.numel() for out in outs) / 2
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ PAG_INLINE int64_t tile_start(const pag_plan& plan, int64_t tile) {
 
 struct Pixel {
   int32_t index, image, y, x;  // y, x: input coordinates of the first tap, maybe outside
-  bool inside;                 // all taps are
+  bool rows_inside, inside;    // all rows of taps, all taps
 };
 
 PAG_INLINE int32_t index_at(const pag_list& list, int64_t position) {
@@ -145,8 +145,8 @@ PAG_INLINE Pixel pixel_at(const pag_plan& plan, int64_t position) {
   p.image = quotient(line, plan.per_height);
   p.y = (line - p.image * call.out_height) * call.stride[0] - call.padding[0];
   p.x = (p.index - line * call.out_width) * call.stride[1] - call.padding[1];
-  p.inside = p.y >= 0 && p.x >= 0 &&
-             p.y + (call.kernel[0] - 1) * call.dilation[0] < call.height &&
+  p.rows_inside = p.y >= 0 && p.y + (call.kernel[0] - 1) * call.dilation[0] < call.height;
+  p.inside = p.rows_inside && p.x >= 0 &&
              p.x + (call.kernel[1] - 1) * call.dilation[1] < call.width;
   return p;
 }
@@ -169,6 +169,16 @@ PAG_INLINE void find_taps(const pag_convolution& call, const pag_source& source,
   }
 }
 
+// The same where all taps are inside.
+PAG_INLINE void find_inside_taps(const pag_convolution& call, const pag_source& source,
+                                 const Pixel& p, const float** rows, int64_t step) {
+  for (int ky = 0; ky < call.kernel[0]; ky++) {
+    const float* line = row_of(source, p.image, p.y + ky * call.dilation[0], 0);
+    for (int kx = 0; kx < call.kernel[1]; kx++, rows += step)
+      *rows = line + ((p.x + kx * call.dilation[1]) >> source.shift) * source.stride;
+  }
+}
+
 // The input of one tile, as the multiplication reads it.
 struct TileRows {
   int pixels;
@@ -176,13 +186,27 @@ struct TileRows {
   bool joined, gathered;
 };
 
+// Whether all taps of all pixels are inside. Most listed pixels lie beside the one before.
 PAG_INLINE bool find_pixels(const pag_plan& plan, int64_t begin, int pixels, Pixel* found) {
-  bool inside = true;
-  for (int i = 0; i < pixels; i++) {
-    found[i] = pixel_at(plan, begin + i);
-    inside &= found[i].inside;
+  const pag_convolution& call = *plan.call;
+  const int32_t end = call.out_width * call.stride[1] - call.padding[1];
+  const int32_t reach = (call.kernel[1] - 1) * call.dilation[1];
+  Pixel p = pixel_at(plan, begin);
+  found[0] = p;
+  bool all = p.inside;
+  for (int i = 1; i < pixels; i++) {
+    const bool beside = index_at(call.list, begin + i) == p.index + 1;
+    if (beside && p.x + call.stride[1] < end) {
+      p.index++;
+      p.x += call.stride[1];
+      p.inside = p.rows_inside && p.x >= 0 && p.x + reach < call.width;
+    } else {
+      p = pixel_at(plan, begin + i);
+    }
+    found[i] = p;
+    all &= p.inside;
   }
-  return inside;
+  return all;
 }
 
 PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, int pixels,
@@ -200,10 +224,12 @@ PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, 
         for (int i = 0; i < pixels; i++)
           rows[segment * pixels + i] = first[i] + scratch.offsets[segment];
     }
+    const int64_t step = (int64_t)sources * pixels;
     for (int i = 0; i < pixels; i++)
-      if (!found[i].inside || source.shift)
-        find_taps(call, source, found[i], scratch.zeros, rows + s * pixels + i,
-                  (int64_t)sources * pixels);
+      if (!found[i].inside)
+        find_taps(call, source, found[i], scratch.zeros, rows + s * pixels + i, step);
+      else if (source.shift)
+        find_inside_taps(call, source, found[i], rows + s * pixels + i, step);
   }
 }
 
@@ -226,10 +252,11 @@ PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, 
   tile.gathered = plan.gathered && !tile.joined;
   if (tile.joined) {
     tile.segments = call.kernel[0];
-    for (int i = 0; i < pixels; i++)
+    for (int i = 0; i < pixels; i++) {
+      const float* first = row_of(call.sources[0], found[i].image, found[i].y, found[i].x);
       for (int ky = 0; ky < call.kernel[0]; ky++)
-        rows[ky * pixels + i] = row_of(call.sources[0], found[i].image,
-                                       found[i].y + ky * call.dilation[0], found[i].x);
+        rows[ky * pixels + i] = first + scratch.offsets[ky * call.kernel[1]];
+    }
   } else if (!tile.gathered) {
     find_segments(plan, scratch, pixels, found, rows);
   }
@@ -278,8 +305,9 @@ PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
   e.activation = call.activation;
   e.after = call.residual_after_activation;
   e.slope = call.slope;
+  for (int i = 0; i < MAX_TILE; i++) e.residual[i] = e.scale[i] = nullptr;
   e.plain = !call.scale && !(call.residual && e.after) &&
-            (e.activation == PAG_NONE || e.activation == PAG_RELU);
+            (e.activation == PAG_NONE || e.activation == PAG_RELU || e.activation == PAG_RELU6);
 }
 
 PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Epilogue& e) {
@@ -287,8 +315,7 @@ PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Ep
   for (int i = 0; i < pixels; i++) {
     const int32_t index = index_at(call.list, begin + i);
     e.out[i] = call.out + index * call.out_stride;
-    e.residual[i] = call.residual ? call.residual + index * call.residual_stride : nullptr;
-    e.scale[i] = nullptr;
+    if (call.residual) e.residual[i] = call.residual + index * call.residual_stride;
     if (call.scale) {
       const int32_t image = quotient(quotient(index, plan.per_width), plan.per_height);
       e.scale[i] = call.scale + (int64_t)image * call.out_channels;
@@ -509,6 +536,8 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
   const float* gathered[MAX_TILE];
   for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
+  for (int32_t index = block_begin; index < block_end; index++)
+    scratch->blocks[index - block_begin] = block_at(plan, index);
   const bool runs = takes_runs(plan);
   Epilogue e;
   start_epilogue(call, e);
@@ -531,8 +560,8 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
         gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
       input = {gathered, 1, 1, &depth, 0};
     }
-    for (int32_t index = block_begin; index < block_end; index++) {
-      const pag_block block = block_at(plan, index);
+    for (int32_t index = 0; index < block_end - block_begin; index++) {
+      const pag_block& block = scratch->blocks[index];
       if (call.groups > 1) {
         input.offset = block.channel;
         input.lengths = &block.channels;

@@ -1,6 +1,8 @@
 // What happens to a pixel's sums before they are written: scale, residual, activation.
 #pragma once
 
+#include <math.h>
+
 #include "vectors.h"
 
 namespace {
@@ -17,7 +19,7 @@ struct Epilogue {
   int activation;
   int after;  // residual added after the activation
   float slope;
-  bool plain;  // at most a residual before, and ReLU: done on the accumulators
+  bool plain;  // at most a residual before, and a ReLU: done on the accumulators
 };
 
 // Finish `pixels` rows of sums (bias included) of `width` floats, of which `columns` are real.
@@ -44,11 +46,28 @@ PAG_OUTLINE void finish(const Epilogue& e, const float* sums, int pixels, int wi
   });
 }
 
+// Apply to each accumulator of a tile that has real columns: function(sum, row, column, count).
+template <int PIXELS, int VECTORS, class Function>
+PAG_INLINE void for_each_sum(Vector (&sums)[PIXELS][VECTORS], int columns, Function function) {
+  if (columns == VECTORS * LANES) {
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++)
+      PAG_UNROLL
+      for (int j = 0; j < VECTORS; j++) function(sums[i][j], i, j * LANES, LANES);
+  } else {
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++)
+      PAG_UNROLL
+      for (int j = 0; j < VECTORS; j++)
+        if (j * LANES < columns) function(sums[i][j], i, j * LANES, columns - j * LANES);
+  }
+}
+
 // Finish a tile of accumulators held in registers.
 template <int PIXELS, int VECTORS>
 PAG_INLINE void finish_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
                             int columns) {
-  if (!e.plain || columns < VECTORS * LANES) {
+  if (!e.plain) {
     alignas(64) float buffer[PIXELS * VECTORS * LANES];
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++)
@@ -58,19 +77,19 @@ PAG_INLINE void finish_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], 
     return;
   }
   if (e.residual[0])
+    for_each_sum(sums, columns, [&](Vector& sum, int i, int at, int count) PAG_LAMBDA {
+      sum += load_up_to(e.residual[i] + column + at, count);
+    });
+  if (e.activation != PAG_NONE) {
+    const float high = e.activation == PAG_RELU6 ? 6.f : INFINITY;
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++)
       PAG_UNROLL
-      for (int j = 0; j < VECTORS; j++) sums[i][j] += load(e.residual[i] + column + j * LANES);
-  if (e.activation == PAG_RELU)
-    PAG_UNROLL
-    for (int i = 0; i < PIXELS; i++)
-      PAG_UNROLL
-      for (int j = 0; j < VECTORS; j++) sums[i][j] = Relu()(sums[i][j]);
-  PAG_UNROLL
-  for (int i = 0; i < PIXELS; i++)
-    PAG_UNROLL
-    for (int j = 0; j < VECTORS; j++) store(e.out[i] + column + j * LANES, sums[i][j]);
+      for (int j = 0; j < VECTORS; j++) sums[i][j] = at_most(at_least(sums[i][j], 0.f), high);
+  }
+  for_each_sum(sums, columns, [&](Vector& sum, int i, int at, int count) PAG_LAMBDA {
+    store_up_to(e.out[i] + column + at, sum, count);
+  });
 }
 
 }  // namespace

@@ -113,12 +113,13 @@ thread_local Scratch thread_scratch;
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
 bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
-  char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.zeros_bytes +
-                                     plan.panel_bytes);
+  char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.blocks_bytes +
+                                     plan.zeros_bytes + plan.panel_bytes);
   if (!at) return false;
   scratch.rows = reinterpret_cast<const float**>(at);
   scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
-  scratch.zeros = reinterpret_cast<float*>(at += plan.offsets_bytes);
+  scratch.blocks = reinterpret_cast<pag_block*>(at += plan.offsets_bytes);
+  scratch.zeros = reinterpret_cast<float*>(at += plan.blocks_bytes);
   scratch.panel = reinterpret_cast<float*>(at += plan.zeros_bytes);
   memset(scratch.zeros, 0, plan.zeros_bytes);
   const pag_convolution& call = *plan.call;
@@ -183,6 +184,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile *
                                 (plan.depthwise ? PAG_DEPTHWISE_GROUP : 1));
   plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
+  plan.blocks_bytes = whole_lines(sizeof(pag_block) * plan.blocks);
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
   if (plan.gathered)
     plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);

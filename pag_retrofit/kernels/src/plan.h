@@ -22,12 +22,14 @@ struct pag_plan {
   bool pointwise;  // output pixel i reads input pixel i alone
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
-  int64_t rows_bytes, offsets_bytes, zeros_bytes, panel_bytes;  // of a thread's scratch memory
+  int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
 };
 
+// Memory of one thread.
 struct pag_scratch {
   const float** rows;   // (tiles of a group, segments, pixels of a tile): where each segment starts
   int64_t* offsets;     // (segments): distance of a segment from a pixel's first tap
+  pag_block* blocks;    // those that one call computes
   float* zeros;         // what padding reads
   float* panel;         // (tile, taps * channels): gathered input
 };
