@@ -55,6 +55,19 @@ class Grid(Demand):
 
 
 @dataclass(frozen=True)
+class OfPhase(Demand):
+    """Every second pixel of every second row.
+
+    Args:
+        phase: The first row and the first column, 0 or 1.
+        shape: (B, h, w) of the map.
+    """
+
+    phase: tuple[int, int]
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Both(Demand):
     """Pixels in both of two sets."""
 
@@ -77,12 +90,14 @@ class Read(Demand):
     Args:
         by: The output pixels.
         window: Of the convolution.
-        size: (H, W) of its input.
+        size: (H, W) of the map that it reads.
+        upsampling: Of that map, before it is read.
     """
 
     by: Demand
     window: Window
     size: Size
+    upsampling: int = 1
 
 
 EVERYWHERE = Everywhere()
@@ -106,12 +121,12 @@ def either(first: Demand, second: Demand) -> Demand:
     return Either(first, second)
 
 
-def read(by: Demand, window: Window, size: Size) -> Demand:
+def read(by: Demand, window: Window, size: Size, upsampling: int = 1) -> Demand:
     """The pixels a convolution reads, simplified."""
     if by == EVERYWHERE:
         return EVERYWHERE  # a stride may skip pixels; to find out which costs more than it saves
     pointwise = window.kernel == (1, 1) and window.stride == (1, 1) and window.padding == (0, 0)
-    return by if pointwise else Read(by, window, size)
+    return by if pointwise and upsampling == 1 else Read(by, window, size, upsampling)
 
 
 class Demands:
@@ -135,6 +150,9 @@ class Demands:
         if found is None:
             if isinstance(demand, Masked):
                 found = kernels.list_pixels(self.values[demand.mask], closed=not demand.wanted)
+            elif isinstance(demand, OfPhase):  # no gate decides about it
+                pixels = self.map(demand).flatten().nonzero()[:, 0].int()
+                found = kernels.PixelList(pixels, pixels.new_tensor([len(pixels)]))
             else:
                 found = kernels.list_pixels(self.map(demand))
             self._lists[demand] = found
@@ -159,6 +177,12 @@ class Demands:
         grid[:, :, ::2, ::2] = demand.wanted
         return grid
 
+    def _of_phase(self, demand: OfPhase) -> Tensor:
+        batch, height, width = demand.shape
+        result = torch.zeros(batch, 1, height, width, dtype=torch.bool)
+        result[:, :, demand.phase[0] :: 2, demand.phase[1] :: 2] = True
+        return result
+
     def _both(self, demand: Both) -> Tensor:
         return kernels.combine(self.map(demand.first), self.map(demand.second), "and")
 
@@ -166,12 +190,14 @@ class Demands:
         return kernels.combine(self.map(demand.first), self.map(demand.second), "or")
 
     def _read(self, demand: Read) -> Tensor:
-        return kernels.needed_inputs(self.map(demand.by), demand.window, demand.size)
+        by = self.map(demand.by)
+        return kernels.needed_inputs(by, demand.window, demand.size, demand.upsampling)
 
 
 _EVALUATIONS: dict[type[Demand], Callable[[Demands, Any], Tensor]] = {
     Masked: Demands._masked,
     Grid: Demands._grid,
+    OfPhase: Demands._of_phase,
     Both: Demands._both,
     Either: Demands._either,
     Read: Demands._read,

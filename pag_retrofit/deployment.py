@@ -1,4 +1,4 @@
-"""Deployment: a gated network as an inference-only module whose time follows its compute."""
+"""Deployment: a network as an inference-only module whose time follows its compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.execution import Program
-from pag_retrofit.gates import RetrofitState, named_gates, state_of
+from pag_retrofit.gates import RetrofitState, named_gates
 from pag_retrofit.kernels import using
 from pag_retrofit.lowering import lower
 from pag_retrofit.mapped import MappedWeights
@@ -39,12 +39,13 @@ class DeployedNetwork(nn.Module):
     _weights: MappedWeights
 
     def __init__(self, gated: nn.Module, backend: str):
-        """Copy the gated network."""
+        """Copy the network."""
         super().__init__()
         with torch.inference_mode(False):  # later passes tell by versions whether gates changed
             self.gated = copy.deepcopy(gated).float().eval().requires_grad_(False)
         self.backend = backend
-        self.__dict__["pag_state"] = self.gated.pag_state
+        if hasattr(self.gated, "pag_state"):
+            self.__dict__["pag_state"] = self.gated.pag_state
         self._reset()
 
     @torch.inference_mode(False)
@@ -150,20 +151,20 @@ def deploy(gated: nn.Module, backend: str = "auto") -> DeployedNetwork:
     alone. The result is for inference on the CPU, in float32, and agrees with the gated network in
     evaluation mode up to rounding (a gate whose logit is within rounding of zero may decide
     otherwise). `override_gates` and `set_budget` work on it. It cannot be saved: save the gated
-    network, and deploy it after loading.
+    network, and deploy it after loading. A network without gates may be deployed, too, to compare
+    with: it runs on the same kernels, all of it.
 
     Args:
-        gated: A gated network; it is copied.
+        gated: A gated network, or any other; it is copied.
         backend: `"cpu"` are the native kernels, `"reference"` plain torch, `"auto"` the native
             ones where they were built.
 
     Raises:
-        PagError: The network is not gated or is deployed already, the backend is unknown, or
-            there are no native kernels and `"cpu"` was asked for.
+        PagError: The network is deployed already, the backend is unknown, or there are no native
+            kernels and `"cpu"` was asked for.
     """
     if isinstance(gated, DeployedNetwork):
         raise PagError("the network is deployed already: deploy the gated one")
-    state_of(gated)
     if backend not in BACKENDS:
         raise PagError(f"backend={backend!r}: expected one of {BACKENDS}")
     with using(backend):

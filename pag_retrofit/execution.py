@@ -124,12 +124,14 @@ class Source(NamedTuple):
         layout: Axes of the value: `"BCHW"`, `"BHWC"`, `"BNC"` or `"BC"`.
         upsampling: Factor by which it is nearest-neighbour upsampled as it is read.
         scale: Name of a value (B, C, ...) of factors per channel, or "".
+        size: Its (H, W), if it is upsampled and made for this reader; else None.
     """
 
     value: str
     layout: str
     upsampling: int = 1
     scale: str = ""
+    size: tuple[int, int] | None = None
 
 
 def as_rows(x: Tensor, layout: str) -> Tensor:
@@ -268,9 +270,9 @@ class Convolve(Step):
         for source in self.sources:
             if source.scale:
                 yield source.scale, EVERYWHERE
-            whole = source.upsampling > 1
-            near = EVERYWHERE if whole else read(computed, self.layer.window, self.size)
-            yield source.value, near
+            size = source.size or (self.size if source.upsampling == 1 else None)
+            window, factor = self.layer.window, source.upsampling
+            yield source.value, read(computed, window, size, factor) if size else EVERYWHERE
         if self.residual:
             yield self.residual.value, computed
 

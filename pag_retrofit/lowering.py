@@ -8,7 +8,7 @@ convolutions and gates can read their parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from pag_retrofit import kernels
-from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
+from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, OfPhase, both
 from pag_retrofit.execution import (
     Activate,
     Allocate,
@@ -53,6 +53,7 @@ from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
 from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
+from pag_retrofit.phases import OF_A_PHASE, POINTWISE, WHOLE, phase_weights
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
@@ -77,6 +78,8 @@ class _Part:
         groups: Of the convolution.
         size: (H, W) of its input.
         where: At which pixels its result is the map's.
+        added: To what the map holds.
+        partial: Others are added to it.
     """
 
     sources: tuple[Source, ...]
@@ -86,6 +89,8 @@ class _Part:
     groups: int
     size: tuple[int, int]
     where: Demand = EVERYWHERE
+    added: bool = False
+    partial: bool = False
 
     def scaled(self, scale: Tensor, shift: Tensor | None = None) -> _Part:
         """Multiply (and shift) each output channel."""
@@ -790,7 +795,10 @@ class _Lowering:
         residual = None
         if group.residual is not None and not in_place:
             residual = Source(group.residual.name, group.layout)
-        for part in group.parts:
+        parts = group.parts
+        if _can_add(group):
+            parts = tuple(p for part in parts for p in self._on_small_maps(node, part, group))
+        for part in parts:
             where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
             if group.coarse:
                 where = Either(Masked(group.coarse), Grid(group.coarse))
@@ -802,7 +810,7 @@ class _Lowering:
                         part.bias,
                         window=part.window,
                         groups=part.groups,
-                        activation=activation,
+                        activation="none" if part.partial else activation,
                         slope=group.slope,
                     ),
                     layout=group.layout,
@@ -810,7 +818,7 @@ class _Lowering:
                     size=part.size,
                     where=where,
                     residual=residual,
-                    accumulate=in_place,
+                    accumulate=in_place or part.added,
                     residual_after=group.residual_after,
                 )
             )
@@ -826,6 +834,67 @@ class _Lowering:
         if group.activation in _NOT_NEGATIVE and not group.residual_after:
             self.not_negative.add(node)
         self.state.made.add(node)
+
+    def _on_small_maps(self, node: Node, part: _Part, group: _Group) -> Iterator[_Part]:
+        """A convolution of upsampled maps, of fewer pixels or taps; added to that of the others."""
+        small = [self._is_half(source, part) for source in part.sources]
+        if part.window not in (WHOLE, POINTWISE) or part.groups > 1 or not any(small):
+            yield part
+            return
+        weights = part.weight.split([self._channels(source) for source in part.sources], 1)
+        halves, others = (
+            [
+                (s, w)
+                for s, w, half in zip(part.sources, weights, small, strict=True)
+                if half == wanted
+            ]
+            for wanted in (True, False)
+        )
+        rest = part
+        if others:
+            sources, weights = zip(*others, strict=True)
+            weight, rest = torch.cat(weights, 1), replace(part, bias=torch.zeros_like(part.bias))
+            yield replace(part, sources=sources, weight=weight, partial=True)
+        sources, weights = zip(*halves, strict=True)
+        rest = replace(rest, sources=sources, weight=torch.cat(weights, 1), added=bool(others))
+        if part.window == WHOLE:
+            yield from _by_phase(rest, group)
+        else:
+            yield self._once(node, rest, group)
+
+    def _once(self, node: Node, part: _Part, group: _Group) -> _Part:
+        """Compute a 1x1 convolution of small maps where they are small; what spreads its result."""
+        batch, height, width, channels = group.rows
+        size, name = (height // 2, width // 2), f"{node.name}.{len(self.state.steps)}"
+        buffer = Buffer((batch, *size, channels), "BCHW")
+        self.state.steps.append(Allocate(writes=name, buffer=buffer))
+        self.state.steps.append(
+            Convolve(
+                writes=name,
+                layer=kernels.PerforatedConvolution(part.weight, part.bias, window=POINTWISE),
+                layout="BCHW",
+                sources=tuple(source._replace(upsampling=1) for source in part.sources),
+                size=size,
+            )
+        )
+        return replace(
+            part,
+            sources=(Source(name, "BCHW", upsampling=2, size=size),),
+            weight=part.weight.new_ones(channels, 1, 1, 1),
+            bias=torch.zeros_like(part.bias),
+            groups=channels,
+        )
+
+    def _is_half(self, source: Source, part: _Part) -> bool:
+        """Whether a source is half as large as the input, and read upsampled."""
+        if source.upsampling != 2 or source.scale or source.layout != "BCHW":
+            return False
+        height, width = shape_of(self.nodes[source.value])[2:]
+        return part.size == (2 * height, 2 * width)
+
+    def _channels(self, source: Source) -> int:
+        shape = shape_of(self.nodes[source.value])
+        return shape[1] if source.layout == "BCHW" else shape[-1]
 
     def _activations(self, group: _Group) -> tuple[str, str]:
         """The one that kernels apply, and the one that the whole map goes through at the end.
@@ -847,6 +916,12 @@ class _Lowering:
             return Allocate(writes=node.name, buffer=buffer, zero=bool(group.mask))
         copied = group.residual.name
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
+
+
+def _by_phase(part: _Part, group: _Group) -> Iterator[_Part]:
+    for phase, weight in phase_weights(part.weight):
+        where = both(part.where, OfPhase(phase, group.rows[:3]))
+        yield replace(part, weight=weight, window=OF_A_PHASE, where=where)
 
 
 def _can_add(group: _Group) -> bool:

@@ -18,13 +18,15 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from networks import ONE_EACH, CustomNet, conv, randomize
 from torch import Tensor, nn
+from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
 from pag_retrofit.deployment import DeployedNetwork
-from pag_retrofit.execution import Allocate, Call, Convolve, Memory, Range
+from pag_retrofit.execution import Allocate, Call, Convolve, Decide, Memory, Range
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
+from pag_retrofit.phases import OF_A_PHASE, phase_weights
 
 SHAPE = (2, 3, 64, 64)
 
@@ -102,6 +104,56 @@ def test_networks_of_users(name: str) -> None:
     deployed = pag.deploy(gated)
     for density in (1.0, 0.5, 0.0):
         agree(gated, deployed, torch.randn(shape), density, "random")
+
+
+class Decoder(nn.Module):
+    """A 3x3 convolution of small maps, upsampled by two, beside large ones, maybe cropped."""
+
+    def __init__(self, small: list[int], large: list[int], out: int, crop: int) -> None:
+        super().__init__()
+        self.small = nn.ModuleList(nn.Conv2d(3, c, 1, stride=2) for c in small)
+        self.large = nn.ModuleList(nn.Conv2d(3, c, 1) for c in large)
+        self.block = conv(sum(small + large), out, 3)
+        self.crop = crop
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = [F.interpolate(layer(x), scale_factor=2.0, mode="nearest") for layer in self.small]
+        height, width = up[0].shape[2] - self.crop, up[0].shape[3]
+        maps = [layer(x) for layer in self.large] + up
+        return self.block(torch.cat([m[:, :, :height, :width] for m in maps], 1))
+
+
+channels = st.integers(1, 40)
+
+
+@given(
+    st.lists(channels, min_size=1, max_size=2), st.lists(channels, max_size=2), channels,
+    st.booleans(),
+    st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 17)), st.floats(0, 1),
+    st.sampled_from(["random", "blobs", "rows"]), st.sampled_from([0, 0, 1]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_convolutions_of_upsampled_maps(
+    small: list[int], large: list[int], out: int, gates: bool,
+    half: tuple[int, int, int], density: float, pattern: str, crop: int,
+) -> None:  # fmt: skip
+    x = torch.randn(half[0], 3, 2 * half[1], 2 * half[2])
+    model = nn.Sequential(randomize(Decoder(small, large, out, crop)), nn.Conv2d(out, 8, 1)).eval()
+    config = {} if gates else {"exclude": ("0.*",)}
+    gated = gate_all(model, tuple(x.shape), **config)
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        agree(gated, deployed, x, density, pattern)
+        windows = [step.layer.window for step in steps_of(deployed) if isinstance(step, Convolve)]
+        assert windows.count(OF_A_PHASE) == (0 if crop else 4)
+
+
+def test_weights_of_phases_are_sums_of_those_of_the_upsampled_map() -> None:
+    weight, x = torch.randn(5, 4, 3, 3).double(), torch.randn(2, 4, 3, 6).double()
+    whole = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
+    for (row, column), small in phase_weights(weight):
+        alone = F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), small)
+        torch.testing.assert_close(alone, whole[:, :, row::2, column::2])
 
 
 @torch.no_grad()
@@ -373,12 +425,22 @@ def test_a_residual_network_is_convolutions_and_little_else() -> None:
 
 
 @torch.no_grad()
+def test_a_network_without_gates_runs_on_the_same_kernels() -> None:
+    model = randomize(smp.Unet("resnet18", encoder_weights=None, classes=3)).eval()
+    deployed, x = pag.deploy(model), torch.randn(SHAPE)
+    close(deployed(x), model(x))
+    with pytest.raises(pag.PagError, match="not a gated network"):
+        pag.override_gates(deployed, 0.5).__enter__()
+
+
+@torch.no_grad()
 def test_a_decoder_reads_its_parts_where_they_are(deployed: DeployedNetwork) -> None:
     deployed(torch.randn(SHAPE))
     program, _ = deployed._programs[next(reversed(deployed._programs))]
     assert not any(isinstance(step, Call) for step in program.steps)
-    read = [step.sources for step in program.steps if isinstance(step, Convolve)]
+    read = [step.sources for step in program.steps if isinstance(step, Convolve | Decide)]
     assert any([s.upsampling for s in sources] == [2, 1] for sources in read)
+    assert any([s.upsampling for s in sources] == [2] for sources in read)
 
 
 @torch.no_grad()
@@ -454,8 +516,6 @@ def test_saving_a_deployed_network_is_refused(deployed: nn.Module, tmp_path: Pat
 
 
 def test_what_cannot_be_deployed_is_refused(deployed: nn.Module) -> None:
-    with pytest.raises(pag.PagError, match="not a gated network"):
-        pag.deploy(conv(3, 3, 3))
     with pytest.raises(pag.PagError, match="deployed already"):
         pag.deploy(deployed)
     with pytest.raises(pag.PagError, match="backend='gpu'"):

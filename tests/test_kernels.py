@@ -656,11 +656,12 @@ class TestLists:
         size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
         batch=st.integers(1, 2),
         pattern=st.sampled_from(MASKS),
+        upsampling=st.sampled_from([1, 1, 2, 4]),
     )
     def test_needed_inputs(
-        self, window: Window, size: tuple[int, int], batch: int, pattern: str
+        self, window: Window, size: tuple[int, int], batch: int, pattern: str, upsampling: int
     ) -> None:
-        case = Case(size=size, window=window)
+        case = Case(size=(size[0] * upsampling, size[1] * upsampling), window=window)
         mask = mask_of(pattern, (batch, *case.out_size()), 0)
         needed = torch.zeros(batch, 1, *size, dtype=torch.bool)
         for b, _, i, j in mask.nonzero().tolist():
@@ -669,11 +670,12 @@ class TestLists:
                 y += tap // window.kernel[1] * window.dilation[0]
                 x = j * window.stride[1] - window.padding[1]
                 x += tap % window.kernel[1] * window.dilation[1]
+                y, x = y // upsampling, x // upsampling
                 if 0 <= y < size[0] and 0 <= x < size[1]:
                     needed[b, 0, y, x] = True
-        assert torch.equal(kernels.needed_inputs(mask, window, size), needed)
+        assert torch.equal(kernels.needed_inputs(mask, window, size, upsampling), needed)
         flat = tuple(n for pair in window[:4] for n in pair)
-        assert torch.equal(reference.needed_inputs(mask, flat, size), needed)
+        assert torch.equal(reference.needed_inputs(mask, flat, size, upsampling), needed)
 
     @given(
         entries=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 41), max_size=40),

@@ -282,7 +282,7 @@ def gate(
 def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
     mask = _bytes(mask)
-    pixels = torch.empty(mask.numel(), dtype=torch.int32)
+    pixels = torch.zeros(mask.numel(), dtype=torch.int32)
     found = torch.empty(1, dtype=torch.int32)
     packed = _LISTING.pack(
         mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr(), found.data_ptr()
@@ -291,14 +291,17 @@ def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     return pixels, found
 
 
-def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """Bool (B, 1, H, W): input pixels that a window reads for the open pixels of a mask."""
+def needed_inputs(
+    mask: Tensor, window: tuple[int, ...], size: tuple[int, int], upsampling: int = 1
+) -> Tensor:
+    """Bool (B, 1, H, W): pixels of a map that a window reads for the open pixels of a mask."""
     mask = _bytes(mask)
     batch, _, height, width = mask.shape
     needed = torch.empty(batch, 1, *size, dtype=torch.bool)
     packed = _READING.pack(
-        batch, height, width, *size, 0, *window, mask.data_ptr(), needed.data_ptr()
-    )
+        batch, height, width, *size, upsampling.bit_length() - 1, *window,
+        mask.data_ptr(), needed.data_ptr(),
+    )  # fmt: skip
     _call(_READ, packed, mask, needed)
     return needed
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from pag_retrofit.errors import PagError
 from pag_retrofit.kernels import native, reference
 from pag_retrofit.kernels.arguments import (
+    MAX_EXTENT,
     MAX_PIXELS,
     ConvolutionArguments,
     check_convolution,
@@ -49,7 +50,7 @@ _LIBRARY.define(
     "int[] upsampling, Tensor? scale, Tensor? keep) -> Tensor"
 )
 _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
-_LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size) -> Tensor")
+_LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size, int upsampling=1) -> Tensor")
 
 
 _CHOSEN: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="auto")
@@ -216,12 +217,19 @@ def _list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl(_LIBRARY, "needed_inputs", "CPU")
-def _needed_inputs(mask: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+def _needed_inputs(
+    mask: Tensor, window: Sequence[int], size: Sequence[int], upsampling: int = 1
+) -> Tensor:
     _check_mask(mask)
     check_window("window", window)
     if len(size) != 2 or min(size) < 1 or mask.shape[0] * size[0] * size[1] > MAX_PIXELS:
         raise PagError(f"size={tuple(size)}: expected the input's height and width, both >= 1")
-    result: Tensor = backend().needed_inputs(mask, tuple(window), tuple(size))
+    if upsampling < 1 or upsampling & (upsampling - 1) or upsampling * max(size) > MAX_EXTENT:
+        raise PagError(
+            f"upsampling={upsampling}: expected a power of two, and at most {MAX_EXTENT} pixels "
+            "along each axis of the upsampled map"
+        )
+    result: Tensor = backend().needed_inputs(mask, tuple(window), tuple(size), upsampling)
     return result
 
 
@@ -274,5 +282,5 @@ def _(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("pag_retrofit::needed_inputs", lib=_LIBRARY)
-def _(mask: Tensor, window: Sequence[int], size: Sequence[int]) -> Tensor:
+def _(mask: Tensor, window: Sequence[int], size: Sequence[int], upsampling: int = 1) -> Tensor:
     return mask.new_empty(mask.shape[0], 1, *size, dtype=torch.bool)

@@ -283,24 +283,28 @@ def list_pixels(mask: Tensor, *, closed: bool = False) -> PixelList:
     return PixelList(*_OPS.list_pixels(mask, not closed))
 
 
-def needed_inputs(mask: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-    """Which input pixels a window operation reads for the open pixels of a mask.
+def needed_inputs(
+    mask: Tensor, window: Window, size: tuple[int, int], upsampling: int = 1
+) -> Tensor:
+    """Which pixels of a map a window operation reads for the open pixels of a mask.
 
     The same as `pag_retrofit.functional.needed_inputs`, for hard masks, and faster.
 
     Args:
         mask: (B, 1, h, w), any type.
         window: Of the operation.
-        size: (H, W) of its input.
+        size: (H, W) of the map.
+        upsampling: Power of two by which the map is (nearest-neighbour) upsampled before it is
+            read; default 1.
 
     Returns:
         Bool (B, 1, H, W).
 
     Raises:
-        PagError: The mask, window or size is not valid.
+        PagError: The mask, window, size or upsampling is not valid.
     """
     flat = [number for pair in window[:4] for number in pair]
-    result: Tensor = _OPS.needed_inputs(mask, flat, list(size))
+    result: Tensor = _OPS.needed_inputs(mask, flat, list(size), upsampling)
     return result
 
 

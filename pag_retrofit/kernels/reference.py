@@ -146,12 +146,14 @@ def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     return pixels, torch.tensor([found.numel()], dtype=torch.int32)
 
 
-def needed_inputs(mask: Tensor, window: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """Bool (B, 1, H, W): input pixels that a window reads for the open pixels of a mask."""
+def needed_inputs(
+    mask: Tensor, window: tuple[int, ...], size: tuple[int, int], upsampling: int = 1
+) -> Tensor:
+    """Bool (B, 1, H, W): pixels of a map that a window reads for the open pixels of a mask."""
     kernel, stride, dilation, padding = ((window[i], window[i + 1]) for i in (0, 2, 4, 6))
-    return (
-        soft_needed_inputs((mask != 0).float(), Window(kernel, stride, dilation, padding), size) > 0
-    )
+    whole = (size[0] * upsampling, size[1] * upsampling)
+    flat = Window(kernel, stride, dilation, padding)
+    return F.max_pool2d(soft_needed_inputs((mask != 0).float(), flat, whole), upsampling) > 0
 
 
 def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:

@@ -499,7 +499,8 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
     start_epilogue(call, e[t]);
     aim_epilogue(plan, begin, pixels[t], e[t]);
     Pixel found[MAX_TILE];
-    inside[t] = find_pixels(plan, begin, pixels[t], found) && !call.sources[0].shift;
+    inside[t] = find_pixels(plan, begin, pixels[t], found) &&
+                (!call.sources[0].shift || plan.taps == 1);
     if (!inside[t])
       find_segments(plan, scratch, pixels[t], found, scratch.rows + t * size);
     else

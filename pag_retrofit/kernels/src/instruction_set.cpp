@@ -9,5 +9,5 @@
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
     PAG_NAME(PAG_INSTRUCTION_SET), TILE, DEPTHWISE_TILE, convolution, layer_norm, mean,
-    interpolate, decide, pool, activate,
+    interpolate, decide, list_pixels, pool, activate,
 };

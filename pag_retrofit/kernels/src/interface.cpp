@@ -324,8 +324,38 @@ void open_largest(const float* scores, int64_t pixels, int64_t keep, uint32_t* b
   }
 }
 
+// Whether all pixels that repeat one of a single, upsampled map are decided alike.
+bool repeats(const pag_gate& call) {
+  const pag_source& source = call.sources[0];
+  return call.source_count == 1 && source.shift && call.stride[0] * call.stride[1] == 1 &&
+         !call.offset[0] && !call.offset[1] && call.out_height == source.height << source.shift &&
+         call.out_width == source.width << source.shift;
+}
+
+int decide(const pag_gate* call, int threads);
+
+int decide_once(const pag_gate* call, int threads) {
+  pag_gate small = *call;
+  const int shift = call->sources[0].shift;
+  small.sources[0].shift = 0;
+  small.out_height = call->sources[0].height;
+  small.out_width = call->sources[0].width;
+  const int64_t lines = (int64_t)call->batch * call->out_height, width = call->out_width;
+  small.mask = reinterpret_cast<uint8_t*>(thread_scratch.at_least(
+      whole_lines((int64_t)call->batch * small.out_height * small.out_width + 1)));
+  if (!small.mask) return PAG_NO_MEMORY;
+  decide(&small, threads);
+  for (int64_t line = 0; line < lines; line++) {
+    const uint8_t* from = small.mask + (line >> shift) * small.out_width;
+    uint8_t* to = call->mask + line * width;
+    for (int64_t x = 0; x < width; x++) to[x] = from[x >> shift];
+  }
+  return PAG_OK;
+}
+
 int decide(const pag_gate* call, int threads) {
   const pag_kernels& table = kernels();
+  if (!(call->keep && *call->keep >= 0) && repeats(*call)) return decide_once(call, threads);
   const int64_t each = (int64_t)call->out_height * call->out_width, pixels = call->batch * each;
   const int64_t keep = call->keep ? *call->keep : -1;
   pag_gate ranked = *call;
@@ -367,32 +397,15 @@ int activate(const pag_activation_call* call, int threads) {
 }
 
 int list_pixels(const pag_listing* call, int) {
-  constexpr int TOGETHER = 8;  // masks are patches: most groups are all in or all out
-  const uint8_t flip = call->wanted ? 0 : 1;
-  int64_t count = 0, i = 0;
-  const auto in = [&](int64_t at) { return (uint8_t)(call->mask[at] != 0) ^ flip; };
-  for (; i + TOGETHER <= call->pixels; i += TOGETHER) {
-    int found = 0;
-    for (int j = 0; j < TOGETHER; j++) found += in(i + j);
-    int32_t* list = call->list + count;  // never behind the end: count <= i
-    if (found == TOGETHER)
-      for (int j = 0; j < TOGETHER; j++) list[j] = (int32_t)(i + j);
-    else if (found)
-      for (int j = 0, n = 0; j < TOGETHER; n += in(i + j), j++) list[n] = (int32_t)(i + j);
-    count += found;
-  }
-  for (; i < call->pixels; i++) {
-    call->list[count] = (int32_t)i;
-    count += in(i);
-  }
-  memset(call->list + count, 0, sizeof(int32_t) * (call->pixels - count));
-  *call->found = (int32_t)count;
+  kernels().list_pixels(call);
   return PAG_OK;
 }
 
 int read_pixels(const pag_reading* call, int) {
-  const int64_t height = call->height, width = call->width, out_width = call->out_width;
-  memset(call->needed, 0, call->batch * height * width);
+  const int shift = call->shift;
+  const int64_t height = (int64_t)call->height << shift, width = (int64_t)call->width << shift;
+  const int64_t out_width = call->out_width;
+  memset(call->needed, 0, (int64_t)call->batch * call->height * call->width);
   for (int64_t row = 0; row < (int64_t)call->batch * call->out_height; row++) {
     const int64_t image = row / call->out_height;
     const int64_t top = row % call->out_height * call->stride[0] - call->padding[0];
@@ -400,7 +413,7 @@ int read_pixels(const pag_reading* call, int) {
     for (int64_t ky = 0; ky < call->kernel[0]; ky++) {
       const int64_t y = top + ky * call->dilation[0];
       if (y < 0 || y >= height) continue;
-      uint8_t* line = call->needed + (image * height + y) * width;
+      uint8_t* line = call->needed + (image * call->height + (y >> shift)) * call->width;
       for (int64_t kx = 0; kx < call->kernel[1]; kx++) {
         // Output pixels x with 0 <= left + x * stride < width.
         const int64_t left = kx * call->dilation[1] - call->padding[1];
@@ -408,7 +421,9 @@ int read_pixels(const pag_reading* call, int) {
         const int64_t begin = left >= 0 ? 0 : (-left + stride - 1) / stride;
         const int64_t end =
             left >= width ? 0 : std::min<int64_t>(out_width, (width - 1 - left) / stride + 1);
-        if (stride == 1) {
+        if (shift) {
+          for (int64_t x = begin; x < end; x++) line[(left + x * stride) >> shift] |= open[x];
+        } else if (stride == 1) {
           for (int64_t x = begin; x < end; x++) line[left + x] |= open[x];
         } else {
           for (int64_t x = begin; x < end; x++) line[left + x * stride] |= open[x];
@@ -421,8 +436,10 @@ int read_pixels(const pag_reading* call, int) {
 
 template <class Operation>
 void combine_all(const pag_combination* call, Operation operation) {
-  for (int64_t i = 0; i < call->pixels; i++)
-    call->result[i] = operation(call->first[i], call->second[i]);
+  const int64_t pixels = call->pixels;
+  const uint8_t *first = call->first, *second = call->second;
+  uint8_t* result = call->result;  // may be one of them
+  for (int64_t i = 0; i < pixels; i++) result[i] = operation(first[i], second[i]);
 }
 
 int combine(const pag_combination* call, int) {

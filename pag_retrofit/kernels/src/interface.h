@@ -87,7 +87,7 @@ struct pag_map {
   int64_t stride;
 };
 
-// Indices where (mask != 0) == wanted, ascending, then zeros, and how many were found.
+// Indices where (mask != 0) == wanted, ascending, and how many; the list holds nothing of use behind.
 struct pag_listing {
   const uint8_t* mask;
   int64_t pixels, wanted;
@@ -95,9 +95,10 @@ struct pag_listing {
   int32_t* found;
 };
 
-// Input pixels (batch, height, width) that a window operation reads for the output pixels of a mask.
+// Pixels (batch, height, width) of a map, upsampled by 2^shift, that a window operation reads for the
+// output pixels of a mask.
 struct pag_reading {
-  int32_t batch, out_height, out_width, height, width, unused;
+  int32_t batch, out_height, out_width, height, width, shift;
   int32_t kernel[2], stride[2], dilation[2], padding[2];
   const uint8_t* mask;  // (batch, out_height, out_width)
   uint8_t* needed;

@@ -254,6 +254,36 @@ void decide(const pag_gate* call, int64_t begin, int64_t end) {
   decide_wide(call, begin, end);
 }
 
+void list_pixels(const pag_listing* call) {
+  constexpr int TOGETHER = LANES == 16 ? 16 : 8;
+  const uint8_t flip = call->wanted ? 0 : 1;
+  int64_t count = 0, i = 0;
+  const auto in = [&](int64_t at) { return (uint8_t)(call->mask[at] != 0) ^ flip; };
+  for (; i + TOGETHER <= call->pixels; i += TOGETHER) {
+    int32_t* list = call->list + count;  // never behind the end: count <= i
+#if defined(__AVX512F__)
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(call->mask + i)));
+    const __mmask16 found = _mm512_test_epi32_mask(bytes, bytes) ^ (flip ? 0xffff : 0);
+    const __m512i steps =
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i indices = _mm512_add_epi32(_mm512_set1_epi32((int32_t)i), steps);
+    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(found, indices));
+    count += __builtin_popcount(found);
+#else
+    int found = 0;  // masks are patches: most groups are all in or all out
+    for (int j = 0; j < TOGETHER; j++) found += in(i + j);
+    if (found == TOGETHER)
+      for (int j = 0; j < TOGETHER; j++) list[j] = (int32_t)(i + j);
+    else if (found)
+      for (int j = 0, n = 0; j < TOGETHER; n += in(i + j), j++) list[n] = (int32_t)(i + j);
+    count += found;
+#endif
+  }
+  for (; i < call->pixels; i++)
+    if (in(i)) call->list[count++] = (int32_t)i;
+  *call->found = (int32_t)count;
+}
+
 // Output pixels [begin, end), all images. A NaN in a window wins, as in torch.
 void pool(const pag_pool* call, int64_t begin, int64_t end) {
   const int channels = call->channels;
