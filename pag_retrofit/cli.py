@@ -113,9 +113,10 @@ def tradeoff(
     results = run_tradeoff(loaded, numbers, threads=threads, rounds=rounds, timed=timed)
     table = Table("stage", "seed", results["metric"], "compute", "ms", "runtime")
     for point in results["points"]:
-        time = "-" if point["milliseconds"] is None else f"{point['milliseconds']:.1f}"
+        times = {taken: runtime for runtime, taken in point["times"].items()}
+        time, runtime = (f"{min(times):.1f}", times[min(times)]) if times else ("-", "")
         row = (point["stage"], str(point["seed"]), f"{point['metric']:.4f}")
-        table.add_row(*row, f"{point['fraction']:.3f}", time, point["runtime"])
+        table.add_row(*row, f"{point['fraction']:.3f}", time, runtime)
     _out.print(table)
     _out.print(f"tradeoff.json and pictures are in {loaded.output}", highlight=False)
 

@@ -168,8 +168,8 @@ def time_networks(
     *,
     threads: int = 1,
     rounds: int = 16,
-) -> dict[str, tuple[float, str]]:
-    """Time networks side by side: gated ones deployed, others in every dense runtime at hand.
+) -> dict[str, dict[str, float]]:
+    """Time networks side by side: deployed, and those without gates in every dense runtime, too.
 
     Args:
         networks: By name.
@@ -179,26 +179,25 @@ def time_networks(
         rounds: How often each is called.
 
     Returns:
-        Name -> median milliseconds, of the fastest runtime, and that runtime.
+        Name -> runtime (`"deployed"`, or a dense one) -> median milliseconds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     runs: dict[str, Run] = {}
     try:
         for name, network in networks.items():
-            if hasattr(network, "pag_state"):
-                runs[f"{name}|deployed"] = _in_turn(deploy(network), images)
-                continue
-            found, _ = _dense_runs(network, images[0], list(_RUNTIMES), threads)
-            runs |= {f"{name}|{runtime}": run for runtime, run in found.items()}
+            runs[f"{name}|deployed"] = _in_turn(deploy(network), images)
+            if not hasattr(network, "pag_state"):
+                found, _ = _dense_runs(network, images[0], list(_RUNTIMES), threads)
+                runs |= {f"{name}|{runtime}": run for runtime, run in found.items()}
         times = _time(runs, rounds, math.inf)
     finally:
         torch.set_num_threads(before)
-    best: dict[str, tuple[float, str]] = {}
+    result: dict[str, dict[str, float]] = {name: {} for name in networks}
     for key, taken in times.items():
         name, _, runtime = key.rpartition("|")
-        best[name] = min(best.get(name, (math.inf, "")), (statistics.median(taken), runtime))
-    return best
+        result[name][runtime] = statistics.median(taken)
+    return result
 
 
 def _in_turn(network: nn.Module, images: Sequence[Tensor]) -> Run:

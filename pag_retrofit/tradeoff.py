@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -53,8 +53,7 @@ class Point:
         budget: Asked for; None for dense networks.
         fraction: Measured compute fraction.
         metric: By which networks are compared.
-        milliseconds: Median time of one image; None if it was not measured.
-        runtime: That took it: `deployed`, or the fastest dense one.
+        times: Runtime -> median milliseconds of one image; empty if they were not measured.
     """
 
     stage: str
@@ -63,8 +62,12 @@ class Point:
     budget: float | None
     fraction: float
     metric: float
-    milliseconds: float | None = None
-    runtime: str = ""
+    times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Of the fastest runtime."""
+        return min(self.times.values(), default=None)
 
 
 def run_tradeoff(
@@ -126,7 +129,7 @@ def charts(points: Sequence[Point], metric: str, title: str) -> dict[str, Figure
             lines,
             metric=metric,
             title=title,
-            axis="measured time (% of the fastest dense runtime)",
+            axis="measured time (% of the dense network's)",
         )
     return figures
 
@@ -202,9 +205,7 @@ def with_times(
     timed = []
     for point in points:
         if point.seed == seed and point.stage in times:
-            milliseconds, runtime = times[point.stage]
-            values = {**asdict(point), "milliseconds": milliseconds, "runtime": runtime}
-            point = Point(**values)
+            point = replace(point, times=times[point.stage])
         timed.append(point)
     return timed
 
