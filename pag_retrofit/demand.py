@@ -55,19 +55,6 @@ class Grid(Demand):
 
 
 @dataclass(frozen=True)
-class OfPhase(Demand):
-    """Every second pixel of every second row.
-
-    Args:
-        phase: The first row and the first column, 0 or 1.
-        shape: (B, h, w) of the map.
-    """
-
-    phase: tuple[int, int]
-    shape: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
 class Both(Demand):
     """Pixels in both of two sets."""
 
@@ -150,9 +137,6 @@ class Demands:
         if found is None:
             if isinstance(demand, Masked):
                 found = kernels.list_pixels(self.values[demand.mask], closed=not demand.wanted)
-            elif isinstance(demand, OfPhase):  # no gate decides about it
-                pixels = self.map(demand).flatten().nonzero()[:, 0].int()
-                found = kernels.PixelList(pixels, pixels.new_tensor([len(pixels)]))
             else:
                 found = kernels.list_pixels(self.map(demand))
             self._lists[demand] = found
@@ -177,12 +161,6 @@ class Demands:
         grid[:, :, ::2, ::2] = demand.wanted
         return grid
 
-    def _of_phase(self, demand: OfPhase) -> Tensor:
-        batch, height, width = demand.shape
-        result = torch.zeros(batch, 1, height, width, dtype=torch.bool)
-        result[:, :, demand.phase[0] :: 2, demand.phase[1] :: 2] = True
-        return result
-
     def _both(self, demand: Both) -> Tensor:
         return kernels.combine(self.map(demand.first), self.map(demand.second), "and")
 
@@ -197,7 +175,6 @@ class Demands:
 _EVALUATIONS: dict[type[Demand], Callable[[Demands, Any], Tensor]] = {
     Masked: Demands._masked,
     Grid: Demands._grid,
-    OfPhase: Demands._of_phase,
     Both: Demands._both,
     Either: Demands._either,
     Read: Demands._read,

@@ -8,6 +8,7 @@ convolutions and gates can read their parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pag_retrofit import kernels
-from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, OfPhase, both
+from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
 from pag_retrofit.execution import (
     Activate,
     Allocate,
@@ -53,7 +54,6 @@ from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
 from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
-from pag_retrofit.phases import OF_A_PHASE, POINTWISE, WHOLE, phase_weights
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
@@ -64,6 +64,11 @@ _NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
                          "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
 _MOST_SOURCES = 4
+_POINTWISE = Window((1, 1), (1, 1), (1, 1), (0, 0))
+# Winograd's algorithm reads 16/9 of the weights, which few pixels do not pay for, and transforms
+# inputs and results, which few channels do not pay for.
+_PIXELS_FOR_WINOGRAD = 128
+_CHANNELS_FOR_WINOGRAD = 512  # input times output channels
 
 
 @dataclass(frozen=True)
@@ -338,7 +343,7 @@ class _Lowering:
             (Source(source.name, layout),),
             weight.detach()[:, :, None, None],
             zero if bias is None else bias.detach(),
-            Window((1, 1), (1, 1), (1, 1), (0, 0)),
+            _POINTWISE,
             1,
             (rows[1], rows[2]),
         )
@@ -507,7 +512,7 @@ class _Lowering:
             (source,),
             one,
             torch.zeros(shape[1]),
-            Window((1, 1), (1, 1), (1, 1), (0, 0)),
+            _POINTWISE,
             shape[1],
             (shape[2], shape[3]),
         )
@@ -812,6 +817,7 @@ class _Lowering:
                         groups=part.groups,
                         activation="none" if part.partial else activation,
                         slope=group.slope,
+                        winograd=_takes_winograd(part, group),
                     ),
                     layout=group.layout,
                     sources=part.sources,
@@ -836,9 +842,9 @@ class _Lowering:
         self.state.made.add(node)
 
     def _on_small_maps(self, node: Node, part: _Part, group: _Group) -> Iterator[_Part]:
-        """A convolution of upsampled maps, of fewer pixels or taps; added to that of the others."""
+        """A 1x1 convolution of upsampled maps, computed before; added to that of the others."""
         small = [self._is_half(source, part) for source in part.sources]
-        if part.window not in (WHOLE, POINTWISE) or part.groups > 1 or not any(small):
+        if part.window != _POINTWISE or part.groups > 1 or not any(small):
             yield part
             return
         weights = part.weight.split([self._channels(source) for source in part.sources], 1)
@@ -857,10 +863,7 @@ class _Lowering:
             yield replace(part, sources=sources, weight=weight, partial=True)
         sources, weights = zip(*halves, strict=True)
         rest = replace(rest, sources=sources, weight=torch.cat(weights, 1), added=bool(others))
-        if part.window == WHOLE:
-            yield from _by_phase(rest, group)
-        else:
-            yield self._once(node, rest, group)
+        yield self._once(node, rest, group)
 
     def _once(self, node: Node, part: _Part, group: _Group) -> _Part:
         """Compute a 1x1 convolution of small maps where they are small; what spreads its result."""
@@ -871,7 +874,7 @@ class _Lowering:
         self.state.steps.append(
             Convolve(
                 writes=name,
-                layer=kernels.PerforatedConvolution(part.weight, part.bias, window=POINTWISE),
+                layer=kernels.PerforatedConvolution(part.weight, part.bias, window=_POINTWISE),
                 layout="BCHW",
                 sources=tuple(source._replace(upsampling=1) for source in part.sources),
                 size=size,
@@ -918,10 +921,13 @@ class _Lowering:
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
 
 
-def _by_phase(part: _Part, group: _Group) -> Iterator[_Part]:
-    for phase, weight in phase_weights(part.weight):
-        where = both(part.where, OfPhase(phase, group.rows[:3]))
-        yield replace(part, weight=weight, window=OF_A_PHASE, where=where)
+def _takes_winograd(part: _Part, group: _Group) -> bool:
+    """Whether a convolution is faster by Winograd's algorithm."""
+    if not kernels.takes_winograd(part.window, part.groups) or group.coarse:
+        return False
+    out_channels, channels = part.weight.shape[:2]
+    enough = channels * out_channels >= _CHANNELS_FOR_WINOGRAD or part.sources[0].upsampling > 1
+    return enough and math.prod(group.rows[:3]) >= _PIXELS_FOR_WINOGRAD
 
 
 def _can_add(group: _Group) -> bool:

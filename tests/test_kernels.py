@@ -26,7 +26,13 @@ from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
 from pag_retrofit.kernels import native, operators, reference
 from pag_retrofit.kernels.arguments import ConvolutionArguments
-from pag_retrofit.kernels.packing import pack_weight, packed_size, unpack_weight
+from pag_retrofit.kernels.packing import (
+    pack_weight,
+    packed_size,
+    transformed,
+    unpack_weight,
+    untransformed,
+)
 
 OPS = torch.ops.pag_retrofit
 UNTOUCHED = -12345.0
@@ -107,6 +113,7 @@ class Case:
     residual: str = "none"  # or "before", "after", "in place", "in place after"
     scale: bool = False
     input_scale: bool = False
+    winograd: bool = False
     wider: int = 0  # channels of the buffers beside those in use
     mask: str = "random"
     seed: int = 0
@@ -130,6 +137,10 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed + 1)
         weight = torch.randn(self.out_channels, own, *self.window.kernel, generator=generator)
         return weight / math.sqrt(weight[0].numel())
+
+    def packed_weight(self) -> Tensor:
+        weight = self.weight()
+        return pack_weight(transformed(weight) if self.winograd else weight, self.groups)
 
     def arguments(self) -> ConvolutionArguments:
         generator = torch.Generator().manual_seed(self.seed)
@@ -161,14 +172,14 @@ class Case:
                 pixels = pixels[: int(length)][torch.randperm(int(length), generator=generator)]
                 length = None
         return ConvolutionArguments(
-            out, sources, pack_weight(self.weight(), self.groups),
+            out, sources, self.packed_weight(),
             made(self.out_channels) if self.bias else None, pixels, length,
             [n for pair in self.window[:4] for n in pair], list(self.size),
             self.groups, list(self.upsampling), self.activation, 0.1,
             made(self.batch, self.out_channels) if self.scale else None,
             made(self.batch, sum(self.channels)) if self.input_scale else None,
             residual,
-            in_place, "after" in self.residual,
+            in_place, "after" in self.residual, self.winograd,
         )  # fmt: skip
 
     def dense(self, a: ConvolutionArguments) -> Tensor:
@@ -243,6 +254,10 @@ def windows(draw: st.DrawFn) -> Window:
 def cases(draw: st.DrawFn) -> Case:
     """Ungrouped convolutions of one to three sources, grouped and depthwise ones."""
     kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "depthwise"]))
+    window = draw(windows())
+    winograd = kind in ("plain", "sources") and draw(st.booleans())
+    if winograd:
+        window = window._replace(kernel=(3, 3), stride=(1, 1))
     channels: tuple[int, ...] = (draw(st.sampled_from([1, 3, 8, 9, 16, 33, 64])),)
     upsampling: tuple[int, ...] = (draw(st.sampled_from([1, 1, 1, 2])),)
     groups, out_channels = 1, draw(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 40, 65, 96]))
@@ -262,7 +277,8 @@ def cases(draw: st.DrawFn) -> Case:
         out_channels=out_channels,
         groups=groups,
         size=draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
-        window=draw(windows()),
+        window=window,
+        winograd=winograd,
         batch=draw(st.integers(1, 3)),
         bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["none", "relu", *kernels.ACTIVATIONS])),
@@ -311,6 +327,31 @@ class TestConvolution:
         check(replace(case, channels=(8, 16), upsampling=(2, 1)), twin)
         check(replace(case, window=Window((5, 3), (2, 1), (2, 1), (1, 0))), twin)
 
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 3)])
+    def test_winograd(self, twin: ModuleType, dilation: tuple[int, int], mask: str) -> None:
+        window = Window((3, 3), (1, 1), dilation, dilation)
+        case = Case((64,), out_channels=80, size=(17, 46), window=window, winograd=True, mask=mask)
+        check(case, twin)
+        check(replace(case, channels=(24, 9, 33), upsampling=(2, 1, 2), size=(18, 46)), twin)
+        check(replace(case, channels=(24,), upsampling=(4,), size=(16, 44)), twin)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("winograd", [False, True])
+    def test_what_no_listed_pixel_reads_may_be_anything(
+        self, twin: ModuleType, winograd: bool, mask: str
+    ) -> None:
+        # Unwritten memory of sparse maps.
+        case = Case((33,), out_channels=20, size=(9, 14), winograd=winograd, mask=mask)
+        a = case.arguments()
+        twin.convolution(a)
+        expected = a.out.clone()
+        open_ = mask_of(mask, (2, 9, 14), case.seed)
+        read = reference.needed_inputs(open_, (3, 3, 1, 1, 1, 1, 1, 1), (9, 14))
+        a.sources[0][~read[:, 0]] = math.nan
+        twin.convolution(a)
+        assert torch.equal(a.out, expected)
+
     def test_weights_larger_than_the_cache(self, twin: ModuleType) -> None:
         check(
             Case((1024,), out_channels=320, size=(5, 5), window=Window((3, 3), *[(1, 1)] * 3)), twin
@@ -357,7 +398,7 @@ class TestConvolution:
         case = Case((64,), out_channels=96, size=(31, 29), activation="silu", residual="after")
         grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
-        for each in (case, grouped, few):
+        for each in (case, grouped, few, replace(case, winograd=True)):
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
@@ -384,6 +425,7 @@ class TestConvolution:
             Case((3,), out_channels=32, size=(33, 35), seed=2),
             Case((40,), out_channels=40, groups=40, size=(33, 35), seed=3),
             Case((8, 300), (2, 1), out_channels=24, size=(9, 9), seed=4),
+            Case((40, 30), (2, 1), out_channels=24, size=(20, 20), winograd=True, seed=5),
         ]
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(lambda case: check(case, twin), many * 6):
@@ -811,6 +853,22 @@ def test_packing_keeps_every_weight(
     sizes = (out_channels * groups, own * groups, groups)
     assert packed.shape == (packed_size(*sizes, math.prod(kernel)),)
     assert torch.equal(unpack_weight(packed, *sizes, kernel), weight)
+
+
+def test_transforming_keeps_every_weight() -> None:
+    weight = torch.randn(5, 4, 3, 3)
+    torch.testing.assert_close(untransformed(transformed(weight)), weight)
+
+
+def test_winograd_is_for_3x3_windows_at_every_pixel() -> None:
+    wide = Window((5, 3), (1, 1), (1, 1), (1, 1))
+    with pytest.raises(PagError, match="expected kernel 3x3"):
+        kernels.PerforatedConvolution(torch.randn(4, 4, 5, 3), None, window=wide, winograd=True)
+    a = Case(winograd=True).arguments()
+    with pytest.raises(PagError, match="expected kernel 3x3"):
+        operators.check_convolution(a._replace(window=[3, 3, 2, 1, 1, 1, 1, 1]))
+    with pytest.raises(PagError, match="weights is"):
+        operators.check_convolution(a._replace(winograd=False))
 
 
 class Block(nn.Module):

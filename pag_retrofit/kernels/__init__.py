@@ -20,6 +20,7 @@ from pag_retrofit.kernels.perforated import (
     masked_mean,
     max_pool,
     needed_inputs,
+    takes_winograd,
 )
 from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, recording
 
@@ -48,6 +49,7 @@ __all__ = [
     "record_on",
     "recording",
     "replay",
+    "takes_winograd",
     "time_calls",
     "use_instruction_set",
     "using",

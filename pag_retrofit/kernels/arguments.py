@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.kernels.packing import packed_size
+from pag_retrofit.kernels.packing import TRANSFORMED_PARTS, packed_size
 
 ACTIVATIONS = (
     "none",
@@ -31,6 +31,7 @@ ACTIVATIONS = (
 MAX_SOURCES = 4  # PAG_MAX_SOURCES of the C interface
 MAX_PIXELS = 2**31 - 1  # what an int32 index can address
 MAX_EXTENT = 2**24  # of an axis and of a window, so that int32 coordinates cannot overflow
+_WINOGRAD_WINDOW = (3, 3, 1, 1)
 
 
 class ConvolutionArguments(NamedTuple):
@@ -55,6 +56,7 @@ class ConvolutionArguments(NamedTuple):
         residual: Shaped as `out`, added at listed pixels.
         accumulate: Add what `out` holds, as a residual that is updated in place.
         residual_after: Add the residual after the activation instead of before.
+        winograd: The weights are `transformed` before they were packed: a window of 3x3, stride 1.
     """
 
     out: Tensor
@@ -74,6 +76,7 @@ class ConvolutionArguments(NamedTuple):
     residual: Tensor | None
     accumulate: bool
     residual_after: bool
+    winograd: bool
 
 
 def pixel_stride(name: str, x: Tensor) -> int:
@@ -192,7 +195,12 @@ def check_convolution(a: ConvolutionArguments) -> None:
         raise PagError(f"out {tuple(a.out.shape)} with stride {a.window[2:4]} is too large")
     if a.activation not in ACTIVATIONS:
         raise PagError(f"activation={a.activation!r}: expected one of {ACTIVATIONS}")
-    taps = a.window[0] * a.window[1]
+    if a.winograd and (tuple(a.window[:4]) != _WINOGRAD_WINDOW or a.groups > 1):
+        raise PagError(
+            f"winograd with window={tuple(a.window)} and groups={a.groups}: expected kernel 3x3, "
+            "stride 1, one group"
+        )
+    taps = TRANSFORMED_PARTS if a.winograd else a.window[0] * a.window[1]
     check_vector("weights", a.weights, (packed_size(out_channels, channels, a.groups, taps),))
     check_vector("bias", a.bias, (out_channels,))
     check_vector("scale", a.scale, (batch, out_channels))

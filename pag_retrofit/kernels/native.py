@@ -42,7 +42,7 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 # The structures of interface.h, packed by hand: ctypes takes longer to fill one than small layers
 # take to run.
 _LIST = "PPq"
-_CONVOLUTION = Struct("8i 8i 2i f i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
+_CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "Pq")
 _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "6P")
@@ -204,6 +204,7 @@ def convolution(a: ConvolutionArguments) -> None:
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
+        a.winograd, 0,
         *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),

@@ -37,7 +37,7 @@ _LIBRARY.define(
     "convolution(Tensor(a!) out, Tensor[] sources, Tensor weights, Tensor? bias, Tensor? pixels, "
     "Tensor? length, int[] window, int[] size, int groups, int[] upsampling, str activation, "
     "float slope, Tensor? scale, Tensor? input_scale, Tensor? residual, bool accumulate, "
-    "bool residual_after) -> ()"
+    "bool residual_after, bool winograd) -> ()"
 )
 _LIBRARY.define(
     "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? length, Tensor? weight, "

@@ -5,15 +5,23 @@ last block needs no more, zeros in columns that do not exist. Groups with fewer 
 channels are computed in *bundles* that fill 16 columns as well as they can, with zeros between
 groups; larger groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a
 matrix (taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
+
+A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2 output
+pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 WIDE, NARROW = 32, 16
+TRANSFORMED_SIDE = 4
+TRANSFORMED_PARTS = TRANSFORMED_SIDE**2
+_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_BACK = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, -1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 
 
 def is_depthwise(out_channels: int, channels: int, groups: int) -> bool:
@@ -60,6 +68,21 @@ def unpack_weight(
     for part, columns in _parts(packed, out_channels, channels, groups, taps):
         rows[:, :, columns] = part
     return rows.reshape(*kernel, -1, out_channels).permute(3, 2, 0, 1)
+
+
+def transformed(weight: Tensor) -> Tensor:
+    """A weight (out, in, 3, 3) as (out, in, 4, 4), for tiles of 2x2 output pixels."""
+    return _on_both_axes(_TRANSFORM, weight)
+
+
+def untransformed(weight: Tensor) -> Tensor:
+    """Undo `transformed`, up to rounding."""
+    return _on_both_axes(_BACK, weight)
+
+
+def _on_both_axes(matrix: tuple[tuple[float, ...], ...], weight: Tensor) -> Tensor:
+    transform = torch.tensor(matrix, dtype=torch.float64)
+    return (transform @ weight.detach().double() @ transform.t()).float()
 
 
 def _rounded(columns: int) -> int:

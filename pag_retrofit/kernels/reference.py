@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from pag_retrofit.functional import Window, coarse, largest
 from pag_retrofit.functional import needed_inputs as soft_needed_inputs
 from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_list
-from pag_retrofit.kernels.packing import is_depthwise, unpack_weight
+from pag_retrofit.kernels.packing import (
+    TRANSFORMED_SIDE,
+    is_depthwise,
+    unpack_weight,
+    untransformed,
+)
 
 _PIXELS_AT_ONCE = 4096  # bounds the gathered input
 
@@ -23,7 +28,10 @@ def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels: gather what each reads, then multiply; see the arguments."""
     batch, height, width, out_channels = a.out.shape
     channels = sum(source.shape[3] for source in a.sources)
-    weight = unpack_weight(a.weights, out_channels, channels, a.groups, (a.window[0], a.window[1]))
+    kernel = (TRANSFORMED_SIDE,) * 2 if a.winograd else (a.window[0], a.window[1])
+    weight = unpack_weight(a.weights, out_channels, channels, a.groups, kernel)
+    if a.winograd:
+        weight = untransformed(weight)
     listed = _listed(a.pixels, a.length, batch * height * width)
     for pixels in listed.split(_PIXELS_AT_ONCE):
         where = _coordinates(pixels, height, width)

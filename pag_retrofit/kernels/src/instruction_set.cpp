@@ -1,5 +1,6 @@
 // Compiled once per instruction set; PAG_INSTRUCTION_SET names the one of this copy.
 #include "rows.h"
+#include "winograd.h"
 
 #define PAG_JOIN(A, B) A##B
 #define PAG_TABLE(SET) PAG_JOIN(pag_kernels_, SET)
@@ -8,6 +9,6 @@
 
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
-    PAG_NAME(PAG_INSTRUCTION_SET), TILE, DEPTHWISE_TILE, convolution, layer_norm, mean,
+    PAG_NAME(PAG_INSTRUCTION_SET), TILE, DEPTHWISE_TILE, convolution, winograd, layer_norm, mean,
     interpolate, decide, list_pixels, pool, activate,
 };

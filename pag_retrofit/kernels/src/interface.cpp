@@ -109,6 +109,7 @@ struct Scratch {
 };
 
 thread_local Scratch thread_scratch;
+thread_local Scratch thread_tiles;  // of the thread that calls; all that help read it
 
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
@@ -157,7 +158,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   pag_plan plan = {};
   plan.call = &call;
-  plan.taps = call.kernel[0] * call.kernel[1];
+  plan.taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
   plan.segments = plan.taps * call.source_count;
   const int group_columns = call.out_channels / call.groups;
   const int joined = call.groups > 1 ? std::max(1, 16 / group_columns) : 1;
@@ -214,12 +215,140 @@ int32_t blocks_together(const pag_plan& plan, int threads) {
   return (int32_t)together;
 }
 
+// --- convolution by tiles --------------------------------------------------------------------
+
+// Leading sources that are read upsampled, so that both pixels of a tile's second and third row, and
+// column, are the same one.
+void find_repeating(const pag_convolution& call, pag_tiling& tiling) {
+  if (call.height % 2 || call.width % 2 || call.padding[0] % 2 == 0 || call.padding[1] % 2 == 0 ||
+      call.dilation[0] * call.dilation[1] > 1)
+    return;
+  while (tiling.repeating < call.source_count && call.sources[tiling.repeating].shift)
+    tiling.repeating_channels += call.sources[tiling.repeating++].channels;
+}
+
+int32_t tiles_along(int32_t size, int32_t dilation) {
+  return (size + 2 * dilation - 1) / (2 * dilation) * dilation;
+}
+
+pag_tiling make_tiling(const pag_plan& plan, int tile) {
+  constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
+  const pag_convolution& call = *plan.call;
+  pag_tiling tiling = {};
+  tiling.rows = tiles_along(call.out_height, call.dilation[0]);
+  tiling.columns = tiles_along(call.out_width, call.dilation[1]);
+  tiling.per_rows = 1.0 / tiling.rows;
+  tiling.per_columns = 1.0 / tiling.columns;
+  find_repeating(call, tiling);
+  tiling.patch = (call.channels + PAD - 1) / PAD * PAD + PAD;
+  const int64_t bytes = PAG_PARTS * sizeof(float) * (tiling.patch + PAG_PRODUCT);
+  tiling.group = (int32_t)std::clamp<int64_t>(weights_budget() / bytes / tile, 1, 16) * tile;
+  tiling.patch_part = tiling.group * tiling.patch + PAD;
+  tiling.product_part = tiling.group * PAG_PRODUCT + PAD;
+  tiling.patches_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.patch_part);
+  tiling.products_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.product_part);
+  tiling.row_bytes = whole_lines(sizeof(float) * std::max(call.channels, call.out_channels));
+  tiling.tiles_bytes = whole_lines(sizeof(int32_t) * (PAG_PARTS * tiling.group + 1));
+  return tiling;
+}
+
+// Along one axis: the tile of each pixel, whether it is its second one, and where tiles begin.
+struct Axis {
+  int32_t *tile, *second, *first;
+
+  Axis(int32_t*& memory, int32_t size, int32_t tiles, int32_t dilation)
+      : tile(memory), second(tile + size), first(second + size) {
+    memory = first + tiles;
+    for (int32_t at = 0; at < size; at++) {
+      const int32_t pair = at / (2 * dilation), inside = at % (2 * dilation);
+      tile[at] = pair * dilation + inside % dilation;
+      second[at] = inside / dilation;
+    }
+    for (int32_t at = 0; at < tiles; at++)
+      first[at] = at / dilation * 2 * dilation + at % dilation;
+  }
+};
+
+// Which pixels of each tile are listed.
+void mark_tiles(const pag_plan& plan, const pag_tiling& tiling, const Axis& rows,
+                const Axis& columns, uint8_t* open) {
+  const pag_convolution& call = *plan.call;
+  const int64_t width = call.out_width, height = call.out_height;
+  memset(open, 0, (int64_t)call.batch * tiling.rows * tiling.columns);
+  int64_t begin = 0, end = 0;  // pixels of the line of the last one: most lie in the same
+  uint8_t* row = open;
+  int shift = 0;
+  for (int64_t i = 0; i < plan.pixels; i++) {
+    const int64_t index = call.list.pixels ? call.list.pixels[i] : i;
+    if (index < begin || index >= end) {
+      const int64_t line = index / width, image = line / height, y = line % height;
+      begin = line * width;
+      end = begin + width;
+      row = open + (image * tiling.rows + rows.tile[y]) * tiling.columns;
+      shift = 2 * rows.second[y];
+    }
+    row[columns.tile[index - begin]] |= 1 << (shift + columns.second[index - begin]);
+  }
+}
+
+bool take_tile_scratch(const pag_tiling& tiling, pag_tile_scratch& scratch) {
+  char* at = thread_scratch.at_least(tiling.patches_bytes + tiling.products_bytes +
+                                     2 * tiling.row_bytes + tiling.tiles_bytes);
+  if (!at) return false;
+  scratch.patches = reinterpret_cast<float*>(at);
+  scratch.products = reinterpret_cast<float*>(at += tiling.patches_bytes);
+  scratch.zeros = reinterpret_cast<float*>(at += tiling.products_bytes);
+  scratch.nowhere = reinterpret_cast<float*>(at += tiling.row_bytes);
+  scratch.tiles = reinterpret_cast<int32_t*>(at += tiling.row_bytes);
+  memset(scratch.products, 0, tiling.products_bytes + tiling.row_bytes);
+  return true;
+}
+
+int convolve_tiles(const pag_plan& plan, int threads) {
+  const pag_kernels& table = kernels();
+  const pag_convolution& call = *plan.call;
+  pag_tiling tiling = make_tiling(plan, table.tile);
+  const int64_t all = (int64_t)call.batch * tiling.rows * tiling.columns;
+  const int64_t numbers = all + 2 * (call.out_height + call.out_width) + tiling.rows + tiling.columns;
+  char* memory = thread_tiles.at_least(whole_lines(numbers * sizeof(int32_t) + all));
+  if (!memory) return PAG_NO_MEMORY;
+  int32_t* at = reinterpret_cast<int32_t*>(memory);
+  const Axis rows(at, call.out_height, tiling.rows, call.dilation[0]);
+  const Axis columns(at, call.out_width, tiling.columns, call.dilation[1]);
+  uint8_t* open = reinterpret_cast<uint8_t*>(at + all);
+  mark_tiles(plan, tiling, rows, columns, open);
+  int64_t count = 0;
+  for (int64_t i = 0; i < all; i++) {
+    at[count] = (int32_t)i;
+    count += open[i] != 0;
+  }
+  tiling.tiles = at;
+  tiling.open = open;
+  tiling.first_rows = rows.first;
+  tiling.first_columns = columns.first;
+  const int64_t macs = count * PAG_PARTS * call.channels * call.out_channels;
+  threads = worthwhile(threads, macs / 8);
+  const int64_t chunks =
+      threads == 1 ? 1 : std::min<int64_t>(count, (int64_t)threads * UNITS_PER_THREAD);
+  std::atomic<bool> failed{false};
+  share(chunks, threads, [&](int64_t chunk) {
+    pag_tile_scratch scratch;
+    if (take_tile_scratch(tiling, scratch))
+      table.winograd(&plan, &tiling, &scratch, count * chunk / chunks,
+                     count * (chunk + 1) / chunks);
+    else
+      failed.store(true);
+  });
+  return failed.load() ? PAG_NO_MEMORY : PAG_OK;
+}
+
 int convolve(const pag_convolution* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t pixels =
       check_list(call->list, (int64_t)call->batch * call->out_height * call->out_width);
   if (pixels <= 0) return (int)-pixels;
   const pag_plan plan = make_plan(*call, pixels, table);
+  if (call->winograd) return convolve_tiles(plan, threads);
   const int64_t macs = plan.pixels * plan.taps * call->out_channels * call->channels / call->groups;
   threads = worthwhile(threads, macs / 8);
   const int32_t together = blocks_together(plan, threads);

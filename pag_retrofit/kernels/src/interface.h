@@ -40,6 +40,7 @@ struct pag_convolution {
   int32_t activation, residual_after_activation;
   float slope;  // of PAG_LEAKY_RELU
   int32_t source_count;
+  int32_t winograd, unused;  // 3x3 windows at every pixel, transformed weights: winograd.h
   pag_source sources[PAG_MAX_SOURCES];
   pag_list list;
   const float* weights;      // packed, see packing.py

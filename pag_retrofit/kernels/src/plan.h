@@ -37,12 +37,41 @@ struct pag_scratch {
 // Tiles of a depthwise convolution that go through the channels together.
 enum { PAG_DEPTHWISE_GROUP = 8 };
 
+enum { PAG_PARTS = 16, PAG_PRODUCT = 32 };  // of a tile; output channels of a block
+
+// How a convolution is cut into tiles of 2x2 pixels, see winograd.h; for every thread.
+struct pag_tiling {
+  const int32_t* tiles;  // those with listed pixels
+  const uint8_t* open;   // of all tiles: which pixels are listed
+  int32_t rows, columns;         // of tiles
+  const int32_t *first_rows, *first_columns;  // where the tiles of each begin
+  double per_rows, per_columns;  // 1 / rows, 1 / columns
+  int32_t group;                 // tiles that are transformed together
+  int32_t repeating;             // leading sources whose patches repeat a row and a column
+  int32_t repeating_channels;
+  int64_t patch, patch_part;     // floats from a tile to the next, and from a part to the next
+  int64_t product_part;
+  int64_t patches_bytes, products_bytes, row_bytes, tiles_bytes;  // of pag_tile_scratch
+};
+
+// Memory of one thread.
+struct pag_tile_scratch {
+  float* patches;   // (parts, tiles of a group, channels)
+  float* products;  // (parts, tiles of a group, output channels of a block), zero at first
+  float* zeros;     // what padding and unlisted pixels read
+  float* nowhere;   // what unlisted pixels write
+  int32_t* tiles;   // (parts, tiles of a group): those of the group that need a part,
+  int32_t needing[PAG_PARTS];  // and how many they are
+};
+
 // The functions of one instruction set.
 struct pag_kernels {
   const char* name;
   int32_t tile, depthwise_tile;
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
+  void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int64_t begin,
+                   int64_t end);
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
   void (*mean)(const pag_rows*, int64_t count, const int64_t* counts, int32_t channel_begin,
                int32_t channel_end);
