@@ -6,8 +6,8 @@ channels are computed in *bundles* that fill 16 columns as well as they can, wit
 groups; larger groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a
 matrix (taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
 
-A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2 output
-pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
+A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2
+output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
 """
 
 from __future__ import annotations
