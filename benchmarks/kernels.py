@@ -4,8 +4,9 @@
     python benchmarks/kernels.py --only unet     # names that contain a word; nothing is written
 
 All variants of a shape run in one interleaved loop, so that a busy machine slows them alike. Dense
-is the faster of contiguous and channels_last. Efficiency is (dense time / sparse time) * density:
-1 where time falls exactly as the number of pixels.
+is the faster of contiguous and channels_last. The kernels compute as deployed networks do, by
+Winograd's algorithm where that is faster. Efficiency is (dense time / sparse time) * density: 1
+where time falls exactly as the number of pixels.
 """
 
 from __future__ import annotations
@@ -98,9 +99,13 @@ def variants(shape: Shape) -> tuple[dict[str, Callable[[], object]], int]:
     last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     settings = (shape.stride, padding, 1, shape.groups)
     pair = [(n, n) for n in (shape.kernel, shape.stride, 1, padding)]
-    layer = kernels.PerforatedConvolution(weight, bias, window=Window(*pair), groups=shape.groups)
-    rows = last.permute(0, 2, 3, 1)
+    window, rows = Window(*pair), last.permute(0, 2, 3, 1)
     dense = F.conv2d(last, weight_last, bias, *settings)
+    pixels = dense.shape[2] * dense.shape[3]
+    layer = kernels.PerforatedConvolution(
+        weight, bias, window=window, groups=shape.groups,
+        winograd=kernels.prefers_winograd(weight, window, shape.groups, pixels),
+    )  # fmt: skip
     out = torch.empty_like(dense.permute(0, 2, 3, 1))
     size = (dense.shape[2], dense.shape[3])
     result: dict[str, Callable[[], object]] = {

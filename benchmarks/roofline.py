@@ -3,14 +3,15 @@
     python benchmarks/roofline.py
 
 For each kind of kernel call, its time; for the convolutions also what they would take at the
-least: each the larger of its multiply-accumulates at the rate of the best convolution, and what
-it must read and write once (weights, input rows, output rows) at the rate of reading memory. One
-thread.
+least: each the larger of its multiply-accumulates (those of Winograd's algorithm where that is
+used) at the rate of the best convolution, and what it must read and write once (weights, input
+rows, output rows) at the rate of reading memory. One thread.
 Writes benchmarks/results/roofline.json.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -52,7 +53,6 @@ def facts(call: ConvolutionArguments) -> dict[str, Any]:
     pixels = call.out.shape[:3].numel() if call.length is None else int(call.length)
     channels = sum(source.shape[3] for source in call.sources)
     out_channels, (kernel, _, stride, *_) = call.out.shape[3], call.window
-    taps = call.window[0] * call.window[1]
     inputs = sum(source.numel() for source in call.sources)
     dense = call.out.shape[:3].numel()
     floats = call.weights.numel() + pixels * out_channels + min(inputs * pixels / dense, inputs)
@@ -61,9 +61,22 @@ def facts(call: ConvolutionArguments) -> dict[str, Any]:
         "layer": f"{channels} to {out_channels}, {kernel}x{kernel}, stride {stride}{groups}, "
         f"{call.out.shape[1]}x{call.out.shape[2]}",
         "pixels": pixels,
-        "macs": pixels * channels * out_channels * taps // call.groups,
+        "macs": int(pixels * multiplications(call) * out_channels // call.groups),
         "bytes": 4 * floats,
     }
+
+
+def multiplications(call: ConvolutionArguments) -> float:
+    """Per pixel and output channel; in tiles of 2x2 pixels, those of whole tiles."""
+    taps = call.window[0] * call.window[1]
+    if not call.winograd:
+        return taps * sum(source.shape[3] for source in call.sources)
+    upsampled = itertools.takewhile(
+        lambda pair: pair[1] > 1, zip(call.sources, call.upsampling, strict=True)
+    )
+    repeating = sum(source.shape[3] for source, _ in upsampled)
+    channels = sum(source.shape[3] for source in call.sources)
+    return (9 * repeating + 16 * (channels - repeating)) / 4
 
 
 @torch.no_grad()

@@ -65,10 +65,6 @@ _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat
                          "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
 _MOST_SOURCES = 4
 _POINTWISE = Window((1, 1), (1, 1), (1, 1), (0, 0))
-# Winograd's algorithm reads 16/9 of the weights, which few pixels do not pay for, and transforms
-# inputs and results, which few channels do not pay for.
-_PIXELS_FOR_WINOGRAD = 128
-_CHANNELS_FOR_WINOGRAD = 512  # input times output channels
 
 
 @dataclass(frozen=True)
@@ -817,7 +813,7 @@ class _Lowering:
                         groups=part.groups,
                         activation="none" if part.partial else activation,
                         slope=group.slope,
-                        winograd=_takes_winograd(part, group),
+                        winograd=_by_winograd(part, group),
                     ),
                     layout=group.layout,
                     sources=part.sources,
@@ -921,13 +917,15 @@ class _Lowering:
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
 
 
-def _takes_winograd(part: _Part, group: _Group) -> bool:
-    """Whether a convolution is faster by Winograd's algorithm."""
-    if not kernels.takes_winograd(part.window, part.groups) or group.coarse:
-        return False
-    out_channels, channels = part.weight.shape[:2]
-    enough = channels * out_channels >= _CHANNELS_FOR_WINOGRAD or part.sources[0].upsampling > 1
-    return enough and math.prod(group.rows[:3]) >= _PIXELS_FOR_WINOGRAD
+def _by_winograd(part: _Part, group: _Group) -> bool:
+    """Whether to compute in tiles of 2x2 pixels.
+
+    Pixels between which others are interpolated lie in tiles of their own.
+    """
+    pixels, upsampled = math.prod(group.rows[:3]), part.sources[0].upsampling > 1
+    return not group.coarse and kernels.prefers_winograd(
+        part.weight, part.window, part.groups, pixels, upsampled
+    )
 
 
 def _can_add(group: _Group) -> bool:

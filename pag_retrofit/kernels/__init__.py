@@ -20,7 +20,7 @@ from pag_retrofit.kernels.perforated import (
     masked_mean,
     max_pool,
     needed_inputs,
-    takes_winograd,
+    prefers_winograd,
 )
 from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, recording
 
@@ -46,10 +46,10 @@ __all__ = [
     "masked_mean",
     "max_pool",
     "needed_inputs",
+    "prefers_winograd",
     "record_on",
     "recording",
     "replay",
-    "takes_winograd",
     "time_calls",
     "use_instruction_set",
     "using",
