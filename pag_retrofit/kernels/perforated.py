@@ -168,9 +168,9 @@ def prefers_winograd(
 ) -> bool:
     """Whether a convolution is faster by Winograd's algorithm, by measurement.
 
-    It reads 16/9 of the weights, which few pixels do not pay for, and transforms inputs and
-    results, which few channels do not pay for. Upsampled maps, of which 7 of 16 products are zero,
-    always do.
+    It holds and reads 16/9 of the weights, which few pixels do not pay for, and transforms inputs
+    and results, which few channels do not pay for. Upsampled maps, of which 7 of 16 products are
+    zero, always do.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -179,8 +179,13 @@ def prefers_winograd(
         pixels: Of its output, all images together.
         upsampled: Its first source is; default False.
     """
-    enough = weight.shape[0] * weight.shape[1] >= _CHANNELS_FOR_WINOGRAD or upsampled
-    return _takes_winograd(window, groups) and enough and pixels >= _PIXELS_FOR_WINOGRAD
+    matrix = weight.shape[0] * weight.shape[1]
+    enough = pixels >= _PIXELS_FOR_WINOGRAD and 2 * pixels**2 >= matrix
+    return (
+        _takes_winograd(window, groups)
+        and enough
+        and (matrix >= _CHANNELS_FOR_WINOGRAD or upsampled)
+    )
 
 
 def lay_together(layers: Sequence[PerforatedConvolution]) -> None:
