@@ -467,11 +467,11 @@ class Decide(Step):
         shown: list[Any] = [None, self._versions()]
 
         def refresh() -> None:
-            override, versions = self.gate.override, self._versions()
+            override = self.gate.override
             tape.enable(call, override is None)
             if override is not None and override != shown[0]:
                 mask.copy_(self._from(override))
-            if override is None and versions != shown[1]:
+            if override is None and (versions := self._versions()) != shown[1]:
                 for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
                     held.copy_(new)
                 shown[1] = versions
@@ -500,7 +500,10 @@ class Decide(Step):
     def _versions(self) -> tuple[float, ...]:
         """Different after a parameter has changed or was replaced."""
         gate = self.gate
-        tensors = (*gate.parameters(), *gate.buffers())
+        # By name: walking through parameters and buffers took longer than small layers do.
+        tensors: tuple[Tensor, ...] = (gate.weight, gate.bias, gate.offset)
+        if gate.has_dial:
+            tensors += (gate.dial, gate.setting)
         rate = -1.0 if gate.rate is None else gate.rate
         return (gate.scale, rate, *(number for x in tensors for number in (id(x), x._version)))
 

@@ -379,8 +379,9 @@ def test_all_of_it_in_inference_mode() -> None:
 
 
 @torch.no_grad()
-def test_budgets_can_be_set_on_it() -> None:
-    gated = gate_all(randomize(CustomNet()))
+@pytest.mark.parametrize("dial", [False, True])
+def test_budgets_can_be_set_on_it(dial: bool) -> None:
+    gated = gate_all(randomize(CustomNet()), gate=pag.GateConfig(dial=dial))
     for parameter in pag.gate_parameters(gated):
         parameter.normal_()
     images = [torch.randn(SHAPE) for _ in range(2)]
