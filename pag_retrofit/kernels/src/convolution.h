@@ -48,12 +48,6 @@ PAG_OUTLINE void multiply_tile(const Input& input, const float* weights, const E
     PAG_UNROLL
     for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
 
-  PAG_UNROLL
-  for (int i = 0; i < PIXELS; i++)
-    PAG_UNROLL
-    for (int j = 0; j < COUNT * LANES; j += LINE)
-      __builtin_prefetch(e.out[i] + column + j, 1, 3);
-
   // One plain inner loop: splitting it, to read input ahead as well, cost more than it won.
   const float* const* rows = input.rows;
   for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
@@ -542,7 +536,7 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   int32_t lengths[PAG_MAX_SOURCES];
   for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
   const float* gathered[MAX_TILE];
-  for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * plan.panel_row;
+  for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
   for (int32_t index = block_begin; index < block_end; index++)
     scratch->blocks[index - block_begin] = block_at(plan, index);
   const bool runs = takes_runs(plan);
@@ -564,7 +558,7 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
     if (rows.joined) input.lengths = &joined_length;
     if (rows.gathered) {
       for (int i = 0; i < rows.pixels; i++)
-        gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * plan.panel_row);
+        gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
       input = {gathered, 1, 1, &depth, 0};
     }
     for (int32_t index = 0; index < block_end - block_begin; index++) {

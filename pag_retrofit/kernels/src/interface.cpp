@@ -154,21 +154,6 @@ bool is_pointwise(const pag_convolution& call) {
   return result;
 }
 
-constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
-
-int64_t padded_row(int64_t floats) {
-  return (floats + PAD - 1) / PAD * PAD + PAD;
-}
-
-// Whether pixels side by side lie a multiple of 4 KB apart: their lines compete for one set of the
-// first-level cache, which holds fewer than a tile has pixels.
-bool pixels_compete(const pag_convolution& call) {
-  constexpr size_t APART = 4096;
-  for (int s = 0; s < call.source_count; s++)
-    if (sizeof(float) * call.sources[s].stride * call.stride[1] % APART == 0) return true;
-  return false;
-}
-
 pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   pag_plan plan = {};
@@ -187,10 +172,8 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.joined = call.source_count == 1 && call.groups == 1 && call.dilation[1] == 1 &&
                 !call.input_scale && !call.sources[0].shift &&
                 call.sources[0].stride == call.channels;
-  const bool compete = call.groups == 1 && plan.taps == 1 && pixels_compete(call);
-  plan.joined = plan.joined && !compete;
-  plan.gathered = call.input_scale || compete ||
-                  (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
+  plan.gathered =
+      call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
   plan.tile = plan.depthwise ? table.depthwise_tile : table.tile;
   plan.pixels = pixels;
   plan.per_width = 1.0 / call.out_width;
@@ -204,10 +187,8 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
   plan.blocks_bytes = whole_lines(sizeof(pag_block) * plan.blocks);
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
-  if (plan.gathered) {
-    plan.panel_row = padded_row((int64_t)plan.taps * call.channels);
-    plan.panel_bytes = sizeof(float) * plan.panel_row * plan.tile;
-  }
+  if (plan.gathered)
+    plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
   return plan;
 }
 
@@ -251,6 +232,7 @@ int32_t tiles_along(int32_t size, int32_t dilation) {
 }
 
 pag_tiling make_tiling(const pag_plan& plan, int tile) {
+  constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
   const pag_convolution& call = *plan.call;
   pag_tiling tiling = {};
   tiling.rows = tiles_along(call.out_height, call.dilation[0]);
@@ -258,7 +240,7 @@ pag_tiling make_tiling(const pag_plan& plan, int tile) {
   tiling.per_rows = 1.0 / tiling.rows;
   tiling.per_columns = 1.0 / tiling.columns;
   find_repeating(call, tiling);
-  tiling.patch = padded_row(call.channels);
+  tiling.patch = (call.channels + PAD - 1) / PAD * PAD + PAD;
   const int64_t bytes = PAG_PARTS * sizeof(float) * (tiling.patch + PAG_PRODUCT);
   tiling.group = (int32_t)std::clamp<int64_t>(weights_budget() / bytes / tile, 1, 16) * tile;
   tiling.patch_part = tiling.group * tiling.patch + PAD;

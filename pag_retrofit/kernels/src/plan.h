@@ -22,7 +22,6 @@ struct pag_plan {
   bool pointwise;  // output pixel i reads input pixel i alone
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
-  int64_t panel_row;
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
 };
 
