@@ -460,24 +460,29 @@ class Decide(Step):
             values[self.writes] = self._own(values, *self._parameters())
 
     def _record(self, tape: kernels.Tape, values: Values) -> Tensor:
-        """The mask, which replays decide anew: by the gate, or as made up at that time."""
+        """The mask, which replays decide anew; one made up at that time is copied over it.
+
+        The gate decides all the same, so that made-up masks cost what its own would.
+        """
         weight, bias, keep = self._parameters()
+        override = self.gate.override
         mask = self._own(values, weight, bias, keep)
+        made_up = mask.clone() if override is None else self._from(override).clone()
+        kernels.copy(mask, made_up)
         call = tape.last
-        shown: list[Any] = [None, self._versions()]
+        shown: list[Any] = [override, self._versions()]
 
         def refresh() -> None:
             override = self.gate.override
-            tape.enable(call, override is None)
+            tape.enable(call, override is not None)
             if override is not None and override != shown[0]:
-                mask.copy_(self._from(override))
-            if override is None and (versions := self._versions()) != shown[1]:
+                made_up.copy_(self._from(override))
+            if (versions := self._versions()) != shown[1]:
                 for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
                     held.copy_(new)
                 shown[1] = versions
             shown[0] = override
 
-        refresh()
         tape.first(refresh)
         return mask
 

@@ -321,7 +321,7 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
-    """Copy a contiguous map into another one of its size, or fill that with zeros."""
+    """Copy a contiguous map or mask into another one of its size, or fill that with zeros."""
     packed = _COPY.pack(out.data_ptr(), _address(x), out.numel() * out.element_size())
     _call(_COPY_BYTES, packed, out, x)
 

@@ -362,7 +362,7 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
-    """Copy a contiguous float32 map into another one of its size, or fill that with zeros."""
+    """Copy a contiguous map or mask into another one of its type and size, or zero it."""
     visible().copy(out, x)
 
 

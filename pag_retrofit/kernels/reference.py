@@ -172,7 +172,7 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
-    """Copy a map into another one of its size, or fill that with zeros."""
+    """Copy a map or mask into another one of its size, or fill that with zeros."""
     if x is None:
         out.zero_()
     else:
