@@ -21,7 +21,7 @@ constexpr int TILE = 3, VECTORS = 4, DEPTHWISE_TILE = 3;
 #endif
 constexpr int DEPTHWISE_VECTORS = 4;
 constexpr int LINE = 16;      // floats of a cache line
-constexpr int PREFETCH = 16;  // steps of the inner loop; a step takes about a dozen cycles
+constexpr int PREFETCH = 64;  // steps of the inner loop; a step takes about a dozen cycles
 static_assert(TILE <= MAX_TILE && VECTORS * LANES <= MAX_COLUMNS, "Epilogue is too small");
 
 struct Input {
@@ -186,6 +186,32 @@ struct TileRows {
   bool joined, gathered;
 };
 
+// Whether the pixels at [begin, begin + pixels) of the list have numbers one after the other.
+PAG_INLINE bool is_consecutive(const pag_list& list, int64_t begin, int pixels) {
+  if (!list.pixels) return true;
+  const int32_t* at = list.pixels + begin;
+  bool result = true;
+  for (int i = 1; i < pixels; i++) result &= at[i] == at[0] + i;
+  return result;
+}
+
+// Pixels side by side in one row: where they are follows from the first one.
+struct Run {
+  Pixel first;
+  bool inside;  // all taps of all pixels
+};
+
+PAG_INLINE bool find_run(const pag_plan& plan, int64_t begin, int pixels, Run& run) {
+  const pag_convolution& call = *plan.call;
+  if (!is_consecutive(call.list, begin, pixels)) return false;
+  run.first = pixel_at(plan, begin);
+  const int32_t last = run.first.x + (pixels - 1) * call.stride[1];
+  if (last >= call.out_width * call.stride[1] - call.padding[1]) return false;
+  run.inside = run.first.rows_inside && run.first.x >= 0 &&
+               last + (call.kernel[1] - 1) * call.dilation[1] < call.width;
+  return true;
+}
+
 // Whether all taps of all pixels are inside. Most listed pixels lie beside the one before.
 PAG_INLINE bool find_pixels(const pag_plan& plan, int64_t begin, int pixels, Pixel* found) {
   const pag_convolution& call = *plan.call;
@@ -233,6 +259,20 @@ PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, 
   }
 }
 
+// The same of a run that is inside, of sources that are not upsampled.
+PAG_INLINE void find_run_segments(const pag_plan& plan, const pag_scratch& scratch, int pixels,
+                                  const Pixel& p, const float** rows) {
+  const pag_convolution& call = *plan.call;
+  for (int s = 0; s < call.source_count; s++) {
+    const pag_source& source = call.sources[s];
+    const float* first = row_of(source, p.image, p.y, p.x);
+    const int64_t step = call.stride[1] * source.stride;
+    for (int segment = s; segment < plan.segments; segment += call.source_count)
+      for (int i = 0; i < pixels; i++)
+        rows[segment * pixels + i] = first + scratch.offsets[segment] + i * step;
+  }
+}
+
 // Fill scratch.rows: where the segments of the pixels at [begin, end) of the list start.
 PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, int64_t begin,
                               int64_t end) {
@@ -245,6 +285,22 @@ PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, 
       for (int i = 0; i < pixels; i++)
         rows[s * pixels + i] =
             call.sources[s].data + index_at(call.list, begin + i) * call.sources[s].stride;
+    return tile;
+  }
+  Run run;
+  const bool quick = plan.plain && (plan.joined || !plan.gathered);
+  if (quick && find_run(plan, begin, pixels, run) && run.inside) {
+    tile.joined = plan.joined;
+    if (tile.joined) {
+      const float* first = row_of(call.sources[0], run.first.image, run.first.y, run.first.x);
+      const int64_t step = call.stride[1] * call.sources[0].stride;
+      tile.segments = call.kernel[0];
+      for (int ky = 0; ky < call.kernel[0]; ky++)
+        for (int i = 0; i < pixels; i++)
+          rows[ky * pixels + i] = first + scratch.offsets[ky * call.kernel[1]] + i * step;
+    } else {
+      find_run_segments(plan, scratch, pixels, run.first, rows);
+    }
     return tile;
   }
   Pixel found[MAX_TILE];
@@ -312,15 +368,16 @@ PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
 
 PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Epilogue& e) {
   const pag_convolution& call = *plan.call;
-  for (int i = 0; i < pixels; i++) {
-    const int32_t index = index_at(call.list, begin + i);
-    e.out[i] = call.out + index * call.out_stride;
-    if (call.residual) e.residual[i] = call.residual + index * call.residual_stride;
-    if (call.scale) {
-      const int32_t image = quotient(quotient(index, plan.per_width), plan.per_height);
-      e.scale[i] = call.scale + (int64_t)image * call.out_channels;
+  for (int i = 0; i < pixels; i++)
+    e.out[i] = call.out + index_at(call.list, begin + i) * call.out_stride;
+  if (call.residual)
+    for (int i = 0; i < pixels; i++)
+      e.residual[i] = call.residual + index_at(call.list, begin + i) * call.residual_stride;
+  if (call.scale)
+    for (int i = 0; i < pixels; i++) {
+      const int32_t line = quotient(index_at(call.list, begin + i), plan.per_width);
+      e.scale[i] = call.scale + (int64_t)quotient(line, plan.per_height) * call.out_channels;
     }
-  }
 }
 
 // --- runs ------------------------------------------------------------------------------------
@@ -379,15 +436,8 @@ PAG_INLINE bool takes_runs(const pag_plan& plan) {
          call.kernel[1] == RUN_TAPS && call.stride[1] == 1 && call.dilation[1] == 1;
 }
 
-// Whether the pixels at [begin, begin + pixels) of the list lie side by side in one row.
-PAG_INLINE bool is_run(const pag_convolution& call, int64_t begin, int pixels, const Pixel& first) {
-  bool result = first.x + call.padding[1] + pixels <= call.out_width;
-  for (int i = 1; i < pixels; i++) result &= index_at(call.list, begin + i) == first.index + i;
-  return result;
-}
-
-PAG_INLINE void find_run(const pag_plan& plan, const pag_scratch& scratch, const Pixel& first,
-                         int pixels) {
+PAG_INLINE void find_seen(const pag_plan& plan, const pag_scratch& scratch, const Pixel& first,
+                          int pixels) {
   const pag_convolution& call = *plan.call;
   const int seen = pixels + RUN_TAPS - 1;
   const float** rows = scratch.rows;
@@ -498,9 +548,16 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
     pixels[t] = (int)(tile_start(plan, tile_begin + t + 1) - begin);
     start_epilogue(call, e[t]);
     aim_epilogue(plan, begin, pixels[t], e[t]);
+    Run run;
+    if (plan.plain && find_run(plan, begin, pixels[t], run) && run.inside) {
+      const float* row = row_of(call.sources[0], run.first.image, run.first.y, run.first.x);
+      inside[t] = true;
+      for (int i = 0; i < pixels[t]; i++)
+        first[t][i] = row + i * call.stride[1] * call.sources[0].stride;
+      continue;
+    }
     Pixel found[MAX_TILE];
-    inside[t] = find_pixels(plan, begin, pixels[t], found) &&
-                (!call.sources[0].shift || plan.taps == 1);
+    inside[t] = find_pixels(plan, begin, pixels[t], found) && (plan.plain || plan.taps == 1);
     if (!inside[t])
       find_segments(plan, scratch, pixels[t], found, scratch.rows + t * size);
     else
@@ -545,13 +602,11 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
     const int64_t begin = tile_start(plan, tile), end = tile_start(plan, tile + 1);
     aim_epilogue(plan, begin, (int)(end - begin), e);
-    if (runs) {
-      const Pixel first = pixel_at(plan, begin);
-      if (is_run(call, begin, (int)(end - begin), first)) {
-        find_run(plan, *scratch, first, (int)(end - begin));
-        multiply_runs<TILE>((int)(end - begin), plan, scratch->rows, e);
-        continue;
-      }
+    Run run;
+    if (runs && find_run(plan, begin, (int)(end - begin), run)) {
+      find_seen(plan, *scratch, run.first, (int)(end - begin));
+      multiply_runs<TILE>((int)(end - begin), plan, scratch->rows, e);
+      continue;
     }
     const TileRows rows = find_rows(plan, *scratch, begin, end);
     Input input = {scratch->rows, rows.segments, call.source_count, lengths, 0};

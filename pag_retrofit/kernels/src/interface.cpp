@@ -169,6 +169,8 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.blocks = plan.bundles * plan.blocks_per_bundle;
   plan.depthwise = call.groups > 1 && call.groups == call.channels && group_columns == 1;
   plan.pointwise = is_pointwise(call);
+  plan.plain = true;
+  for (int s = 0; s < call.source_count; s++) plan.plain &= !call.sources[s].shift;
   plan.joined = call.source_count == 1 && call.groups == 1 && call.dilation[1] == 1 &&
                 !call.input_scale && !call.sources[0].shift &&
                 call.sources[0].stride == call.channels;

@@ -20,6 +20,7 @@ struct pag_plan {
   double per_width, per_height;  // 1 / out_width, 1 / out_height
   bool depthwise;
   bool pointwise;  // output pixel i reads input pixel i alone
+  bool plain;      // no source is read upsampled
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
