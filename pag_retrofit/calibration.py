@@ -178,4 +178,4 @@ def _measured(gated: nn.Module, images: list[Tensor]) -> tuple[float, dict[str, 
 
 def _set_offset(gated: nn.Module, offset: float) -> None:
     for _, gate in named_gates(gated):
-        gate.offset.fill_(offset)
+        gate.set_offset(offset)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from pag_retrofit import kernels
 from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
 from pag_retrofit.functional import Window
-from pag_retrofit.gates import MaskOverride, PixelGate
+from pag_retrofit.gates import Gate, MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.policies import InputFreeGate, LayerGate
@@ -469,21 +469,20 @@ class Decide(Step):
         mask = self._own(values, weight, bias, keep)
         made_up = mask.clone() if override is None else self._from(override).clone()
         kernels.copy(mask, made_up)
-        call = tape.last
-        shown: list[Any] = [override, self._versions()]
+        call, shown = tape.last, [override]
 
-        def refresh() -> None:
+        def steer() -> None:
             override = self.gate.override
             tape.enable(call, override is not None)
             if override is not None and override != shown[0]:
                 made_up.copy_(self._from(override))
-            if (versions := self._versions()) != shown[1]:
-                for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
-                    held.copy_(new)
-                shown[1] = versions
             shown[0] = override
+            for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
+                held.copy_(new)
 
-        tape.first(refresh)
+        gate = self.gate
+        dial = (gate.dial, gate.setting) if gate.has_dial else ()
+        tape.first(steer, gate.weight, gate.bias, gate.offset, *dial)
         return mask
 
     def _from(self, override: MaskOverride) -> Tensor:
@@ -501,16 +500,6 @@ class Decide(Step):
         gate = self.gate
         keep = -1 if gate.rate is None else round(gate.rate * self.shape[2] * self.shape[3])
         return gate.weight.flatten() * gate.scale, gate.bias + gate.shift, torch.tensor([keep])
-
-    def _versions(self) -> tuple[float, ...]:
-        """Different after a parameter has changed or was replaced."""
-        gate = self.gate
-        # By name: walking through parameters and buffers took longer than small layers do.
-        tensors: tuple[Tensor, ...] = (gate.weight, gate.bias, gate.offset)
-        if gate.has_dial:
-            tensors += (gate.dial, gate.setting)
-        rate = -1.0 if gate.rate is None else gate.rate
-        return (gate.scale, rate, *(number for x in tensors for number in (id(x), x._version)))
 
     def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
         name = self.sources[0].scale
@@ -746,6 +735,7 @@ class _Recording:
         """Pass forward, and record that."""
         self._inputs = [_own_copy(x) for x in arguments]
         self._tape = kernels.Tape()
+        self._seen = (-1, -1)  # nothing: the first replay has to be prepared
         with kernels.record_on(self._tape):
             self.results = steps(self._inputs)
 
@@ -753,6 +743,11 @@ class _Recording:
         """Pass forward with other inputs."""
         for held, new in zip(self._inputs, arguments, strict=True):
             held.copy_(new)
+        # Looking at every gate takes longer than small layers do.
+        seen = (Gate.changes, self._tape.version())
+        if seen != self._seen:
+            self._tape.prepare()
+            self._seen = seen
         kernels.replay(self._tape)
 
     def time_calls(self) -> list[tuple[str, tuple[Any, ...], float]]:

@@ -62,6 +62,9 @@ class Gate(nn.Module):
     offset: Tensor
     setting: Tensor
     layout = "BCHW"
+    changes = 0
+    """How often any gate was overridden or given another budget; deployed networks look at this
+    instead of at all their gates."""
 
     def __init__(self, cost: SiteCost, site: str, inside: str = ""):
         """Start at temperature one, not calibrated."""
@@ -71,10 +74,35 @@ class Gate(nn.Module):
         self.inside = inside
         self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.register_buffer("offset", torch.zeros(()))
-        self.override: MaskOverride | None = None
-        self.rate: float | None = None  # share of every image's pixels to open; see `set_budget`
+        self._override: MaskOverride | None = None
+        self._rate: float | None = None
         self.last_probability: Tensor | None = None
         self.last_input_size = (0, 0)
+
+    @property
+    def override(self) -> MaskOverride | None:
+        """A made-up mask in place of the gate's own decision."""
+        return self._override
+
+    @override.setter
+    def override(self, override: MaskOverride | None) -> None:
+        self._override = override
+        Gate.changes += 1
+
+    @property
+    def rate(self) -> float | None:
+        """Share of every image's pixels to open, or None; see `set_budget`."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float | None) -> None:
+        self._rate = rate
+        Gate.changes += 1
+
+    def set_offset(self, offset: float) -> None:
+        """Change what is added to all logits in evaluation."""
+        self.offset.fill_(offset)
+        Gate.changes += 1
 
     def site_mask(self, decision: Tensor) -> Tensor:
         """Mask of the whole site, for `SiteCost`, given what `forward` returned."""
@@ -409,6 +437,7 @@ def turn_dials(gated: nn.Module, fraction: float) -> None:
     for _, gate in named_gates(gated):
         if isinstance(gate, PixelGate) and gate.has_dial:
             gate.setting.fill_((1 - fraction) / span if span > 0 else 0.0)
+    Gate.changes += 1
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:

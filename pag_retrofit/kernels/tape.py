@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import operator
 from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 _CALL = Struct("qP")  # pag_call
+_VERSION = operator.attrgetter("_version")
 _SKIP = 0
 _ALIGNMENT = 8
 
@@ -36,6 +38,7 @@ class Tape:
         self._kept: list[tuple[Any, ...]] = []
         self._between: list[tuple[int, Callable[[], Any]]] = []
         self._first: list[Callable[[], Any]] = []
+        self._read: list[Tensor] = []
         self._calls: Any = None
         self._segments: list[tuple[int, int, Callable[[], Any] | None]] = []
 
@@ -59,9 +62,14 @@ class Tape:
         """Add a Python function, called between the calls before and after."""
         self._between.append((len(self._kinds), function))
 
-    def first(self, function: Callable[[], Any]) -> None:
-        """Add a function that is called before each replay."""
+    def first(self, function: Callable[[], Any], *read: Tensor) -> None:
+        """Add a function that `prepare` calls, and the tensors that it reads."""
         self._first.append(function)
+        self._read += read
+
+    def version(self) -> int:
+        """Higher after a tensor was changed that functions of `first` read."""
+        return sum(map(_VERSION, self._read))
 
     @property
     def last(self) -> int:
@@ -91,14 +99,17 @@ class Tape:
             self._segments.append((address + begin * _CALL.size, at - begin, function))
             begin = at
 
+    def prepare(self) -> None:
+        """Call what has to be called before a replay once gates have changed."""
+        for function in self._first:
+            function()
+
     def replay(self, run: Callable[[int, int], Any]) -> None:
         """Do all of it again.
 
         Args:
             run: Called with the address of calls and how many there are.
         """
-        for function in self._first:
-            function()
         for address, count, then in self._segments:
             if count:
                 run(address, count)
