@@ -495,9 +495,10 @@ int decide(const pag_gate* call, int threads) {
     ranked.scores = reinterpret_cast<float*>(thread_scratch.at_least(2 * bytes));
     if (!ranked.scores) return PAG_NO_MEMORY;
   }
-  const int64_t chunks = worthwhile(threads, pixels * call->channels);
+  const int64_t rows = (int64_t)call->batch * call->out_height;
+  const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, pixels * call->channels));
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.decide(&ranked, pixels * i / chunks, pixels * (i + 1) / chunks);
+    table.decide(&ranked, rows * i / chunks, rows * (i + 1) / chunks);
   });
   if (keep < 0) return PAG_OK;
   uint32_t* between = reinterpret_cast<uint32_t*>(

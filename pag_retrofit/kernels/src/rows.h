@@ -156,24 +156,6 @@ PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
   return v[0];
 }
 
-// The next of the output pixels in order.
-struct Walk {
-  int32_t image, row, column;
-
-  Walk(const pag_gate* call, int64_t pixel) {
-    const int64_t line = pixel / call->out_width;
-    image = (int32_t)(line / call->out_height);
-    row = (int32_t)(line - (int64_t)image * call->out_height);
-    column = (int32_t)(pixel - line * call->out_width);
-  }
-
-  PAG_INLINE void step(const pag_gate* call) {
-    if (++column < call->out_width) return;
-    column = 0;
-    if (++row == call->out_height) row = 0, image++;
-  }
-};
-
 PAG_INLINE void write_decisions(const pag_gate* call, int64_t begin, int count, Vector scores) {
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   scores += *call->bias;
@@ -182,70 +164,92 @@ PAG_INLINE void write_decisions(const pag_gate* call, int64_t begin, int count, 
   memcpy(call->mask + begin, &open, count);
 }
 
-// A row that an upsampled source repeats is added up once.
-void decide_wide(const pag_gate* call, int64_t begin, int64_t end) {
-  Walk at(call, begin);
-  const float* seen[PAG_MAX_SOURCES] = {};
-  Vector parts[PAG_MAX_SOURCES] = {};
-  for (; begin < end; begin += LANES) {
-    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
-    Vector sums[LANES] = {};
-    for (int i = 0; i < count; i++, at.step(call)) {
-      const int32_t y = at.row * call->stride[0] + call->offset[0];
-      const int32_t x = at.column * call->stride[1] + call->offset[1];
-      const float* weight = call->weight;
-      const float* scale =
-          call->scale ? call->scale + (int64_t)at.image * call->channels : nullptr;
-      for (int s = 0; s < call->source_count; s++) {
-        const pag_source& source = call->sources[s];
-        const float* values = row_of(source, at.image, y, x);
-        if (values != seen[s]) {
-          seen[s] = values;
-          parts[s] = add_products(Vector{}, values, weight, scale, source.channels);
-        }
-        sums[i] += parts[s];
-        weight += source.channels;
-        if (scale) scale += source.channels;
-      }
-    }
-    write_decisions(call, begin, count, sum_each(sums));
+// One row of output pixels: what it reads of each source.
+struct GateRow {
+  int64_t first;  // output pixel
+  const float* lines[PAG_MAX_SOURCES];
+  const float* scale;  // of its image, or null
+
+  GateRow(const pag_gate* call, int64_t row) : first(row * call->out_width) {
+    const int32_t image = (int32_t)(row / call->out_height);
+    const int32_t y = (int32_t)(row % call->out_height) * call->stride[0] + call->offset[0];
+    scale = call->scale ? call->scale + (int64_t)image * call->channels : nullptr;
+    for (int s = 0; s < call->source_count; s++)
+      lines[s] = row_of(call->sources[s], image, y, 0);
   }
+};
+
+// A pixel that an upsampled source repeats is added up once.
+void decide_wide(const pag_gate* call, int64_t row_begin, int64_t row_end) {
+  for (int64_t number = row_begin; number < row_end; number++) {
+    const GateRow row(call, number);
+    const float* seen[PAG_MAX_SOURCES] = {};
+    Vector parts[PAG_MAX_SOURCES] = {};
+    for (int32_t from = 0; from < call->out_width; from += LANES) {
+      const int count = call->out_width - from < LANES ? call->out_width - from : LANES;
+      Vector sums[LANES] = {};
+      for (int i = 0; i < count; i++) {
+        const int32_t x = (from + i) * call->stride[1] + call->offset[1];
+        const float *weight = call->weight, *scale = row.scale;
+        for (int s = 0; s < call->source_count; s++) {
+          const pag_source& source = call->sources[s];
+          const float* values = row.lines[s] + (x >> source.shift) * source.stride;
+          if (values != seen[s]) {
+            seen[s] = values;
+            parts[s] = add_products(Vector{}, values, weight, scale, source.channels);
+          }
+          sums[i] += parts[s];
+          weight += source.channels;
+          if (scale) scale += source.channels;
+        }
+      }
+      write_decisions(call, row.first + from, count, sum_each(sums));
+    }
+  }
+}
+
+template <int PARTS>
+PAG_INLINE Vector weigh(const float* values, const Vector (&weights)[PARTS], int rest) {
+  Vector sum = load_up_to(values + (PARTS - 1) * LANES, rest) * weights[PARTS - 1];
+  PAG_UNROLL
+  for (int k = 0; k < PARTS - 1; k++) sum += load(values + k * LANES) * weights[k];
+  return sum;
 }
 
 // One source of few channels: its weights stay in registers.
 template <int PARTS>
-void decide_narrow(const pag_gate* call, int64_t begin, int64_t end) {
+void decide_narrow(const pag_gate* call, int64_t row_begin, int64_t row_end) {
   const pag_source& source = call->sources[0];
-  const int tail = (PARTS - 1) * LANES, rest = call->channels - tail;
-  Walk at(call, begin);
-  int32_t weighted = -1;  // the image whose scale is in the weights
-  Vector weights[PARTS] = {};
-  for (; begin < end; begin += LANES) {
-    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
-    Vector sums[LANES] = {};
-    for (int i = 0; i < count; i++, at.step(call)) {
-      if (at.image != weighted) {
-        weighted = at.image;
-        const float* scale =
-            call->scale ? call->scale + (int64_t)weighted * call->channels : nullptr;
-        for (int k = 0; k < PARTS; k++) {
-          const int width = k < PARTS - 1 ? LANES : rest;
-          weights[k] = load_up_to(call->weight + k * LANES, width);
-          if (scale) weights[k] *= load_up_to(scale + k * LANES, width);
-        }
-      }
-      const float* values = row_of(source, at.image, at.row * call->stride[0] + call->offset[0],
-                                   at.column * call->stride[1] + call->offset[1]);
-      Vector sum = load_up_to(values + tail, rest) * weights[PARTS - 1];
-      PAG_UNROLL
-      for (int k = 0; k < PARTS - 1; k++) sum += load(values + k * LANES) * weights[k];
-      sums[i] = sum;
+  const int rest = call->channels - (PARTS - 1) * LANES;
+  const int64_t step = call->stride[1] * source.stride;
+  for (int64_t number = row_begin; number < row_end; number++) {
+    const GateRow row(call, number);
+    Vector weights[PARTS];
+    PAG_UNROLL
+    for (int k = 0; k < PARTS; k++) {
+      const int width = k < PARTS - 1 ? LANES : rest;
+      weights[k] = load_up_to(call->weight + k * LANES, width);
+      if (row.scale) weights[k] *= load_up_to(row.scale + k * LANES, width);
     }
-    write_decisions(call, begin, count, sum_each(sums));
+    for (int32_t from = 0; from < call->out_width; from += LANES) {
+      const int count = call->out_width - from < LANES ? call->out_width - from : LANES;
+      const int32_t x = from * call->stride[1] + call->offset[1];
+      Vector sums[LANES] = {};
+      if (count == LANES && !source.shift) {
+        const float* values = row.lines[0] + x * source.stride;
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] = weigh(values + i * step, weights, rest);
+      } else {
+        for (int i = 0; i < count; i++)
+          sums[i] = weigh(row.lines[0] + ((x + i * call->stride[1]) >> source.shift) * source.stride,
+                          weights, rest);
+      }
+      write_decisions(call, row.first + from, count, sum_each(sums));
+    }
   }
 }
 
-// Output pixels [begin, end), all images.
+// Rows [begin, end) of output pixels, all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
   const int parts = call->source_count == 1 ? (call->channels + LANES - 1) / LANES : 0;
   if (parts == 1) return decide_narrow<1>(call, begin, end);
