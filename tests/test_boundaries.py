@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin
 
@@ -78,6 +79,34 @@ def test_matching_is_as_large_as_it_can_be(seed: int, density: float, tolerance:
     expected = brute_force(cut, mask, tolerance * np.hypot(14, 17))
     assert found == right == expected
     assert (annotated, predicted) == (mask.sum(), cut.sum())
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 3), st.sampled_from([0, 1, 2.5, 3, 5])
+)
+@settings(max_examples=60, deadline=None)
+def test_each_threshold_has_its_own_largest_matchings(
+    seed: int, count: int, annotators: int, radius: float
+) -> None:
+    """Of winding lines, some strengths being thresholds and some cuts equal."""
+    generator = np.random.default_rng(seed)
+    shape = (30, 40)  # with a diagonal of 50
+    strength = gaussian_filter(generator.random(shape), 1.5)
+    strength = np.round((strength - strength.min()) / np.ptp(strength) * (count + 1)) / (count + 1)
+    masks = [
+        thin(np.roll(strength, generator.integers(-2, 3, 2), (0, 1)) > generator.uniform(0.3, 0.9))
+        for _ in range(annotators)
+    ]
+    thresholds = boundary_thresholds(count)
+    rows = boundary_counts(strength, masks, thresholds, tolerance=radius / 50)
+    for row, threshold in zip(rows[:-1], thresholds, strict=True):
+        cut = thin(strength >= threshold)
+        most = [brute_force(cut, mask, radius) for mask in masks]
+        found, annotated, right, predicted = row
+        assert found == sum(most)
+        assert max(most) <= right <= min(sum(most), predicted)
+        assert (annotated, predicted) == (sum(mask.sum() for mask in masks), cut.sum())
+    assert rows[-1].tolist() in rows[:-1].tolist()
 
 
 def test_scores_of_a_known_curve() -> None:
