@@ -345,13 +345,12 @@ def matching_table(results: dict[str, Any]) -> str:
         "cheapest": "the cheapest assignment of distances (the original)",
     }
     lines = [
-        "| pixels matched | recall | precision | ODS | OIS | AP | CPU seconds an image |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| pixels matched | ODS | OIS | AP | CPU seconds an image |",
+        "|---|---:|---:|---:|---:|",
     ]
     for way, label in ways.items():
         scores = results[way]
-        names = ("ods_recall", "ods_precision", "ods", "ois", "ap")
-        cells = " | ".join(f"{scores[name]:.4f}" for name in names)
+        cells = " | ".join(f"{scores[name]:.4f}" for name in ("ods", "ois", "ap"))
         lines.append(f"| {label} | {cells} | {scores['seconds']:.1f} |")
     lines += [
         "",
