@@ -453,6 +453,89 @@ PAG_INLINE void find_seen(const pag_plan& plan, const pag_scratch& scratch, cons
   }
 }
 
+// --- few output channels -----------------------------------------------------------------------
+//
+// With hardly any output channels, most of a vector of them would be padding: vectors lie along the
+// input channels instead, and are added up at the end.
+
+constexpr int DOT_PIXELS = 4;  // that share their loads of the weights
+
+// The weights as (out_channels, depth): columns of the packed ones.
+PAG_INLINE void unpack_columns(const pag_plan& plan, float* to) {
+  const pag_convolution& call = *plan.call;
+  const int64_t depth = (int64_t)plan.taps * call.channels;
+  for (int column = 0; column < call.out_channels; column++)
+    for (int64_t k = 0; k < depth; k++) *to++ = call.weights[k * PAG_NARROW + column];
+}
+
+template <int PIXELS, int COLUMNS>
+PAG_INLINE void dot_pixels(const Input& input, const float* const* rows, int step,
+                           const float* weights, int64_t depth, Vector* to) {
+  Vector sums[PIXELS][COLUMNS] = {};
+  for (int segment = 0, source = 0; segment < input.segments; segment++, rows += step) {
+    const int length = input.lengths[source];
+    if (++source == input.sources) source = 0;
+    for (int k = 0; k < length; k += LANES) {
+      Vector w[COLUMNS];
+      PAG_UNROLL
+      for (int j = 0; j < COLUMNS; j++) w[j] = load_up_to(weights + j * depth + k, length - k);
+      PAG_UNROLL
+      for (int i = 0; i < PIXELS; i++) {
+        const Vector x = load_up_to(rows[i] + k, length - k);
+        PAG_UNROLL
+        for (int j = 0; j < COLUMNS; j++) sums[i][j] += x * w[j];
+      }
+    }
+    weights += length;
+  }
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++)
+    PAG_UNROLL
+    for (int j = 0; j < COLUMNS; j++) to[i * COLUMNS + j] = sums[i][j];
+}
+
+template <int COLUMNS>
+PAG_OUTLINE void dot_tile(int pixels, const Input& input, const float* weights, int64_t depth,
+                          const Epilogue& e) {
+  constexpr int MOST = (MAX_TILE * COLUMNS + LANES - 1) / LANES * LANES;
+  Vector products[MOST];
+  int i = 0;
+  for (; i + DOT_PIXELS <= pixels; i += DOT_PIXELS)
+    dot_pixels<DOT_PIXELS, COLUMNS>(input, input.rows + i, pixels, weights, depth,
+                                    products + i * COLUMNS);
+  for (; i < pixels; i++)
+    dot_pixels<1, COLUMNS>(input, input.rows + i, pixels, weights, depth, products + i * COLUMNS);
+  const int used = pixels * COLUMNS;
+  for (i = used; i % LANES; i++) products[i] = Vector{};
+  alignas(64) float sums[MOST];
+  for (i = 0; i < used; i += LANES) {
+    Vector group[LANES];
+    PAG_UNROLL
+    for (int j = 0; j < LANES; j++) group[j] = products[i + j];
+    store(sums + i, sum_each(group));
+  }
+  if (e.bias)
+    for (i = 0; i < pixels; i++)
+      for (int j = 0; j < COLUMNS; j++) sums[i * COLUMNS + j] += e.bias[j];
+  bool together = e.plain && e.activation == PAG_NONE && !e.residual[0];
+  for (i = 1; i < pixels; i++) together &= e.out[i] == e.out[0] + i * COLUMNS;
+  if (together) return copy_floats(e.out[0], sums, used);
+  alignas(64) float rows[MAX_TILE * LANES];
+  for (i = 0; i < pixels; i++)
+    for (int j = 0; j < COLUMNS; j++) rows[i * LANES + j] = sums[i * COLUMNS + j];
+  finish(e, rows, pixels, LANES, 0, COLUMNS);
+}
+
+PAG_INLINE void dot(int columns, int pixels, const Input& input, const float* weights,
+                    int64_t depth, const Epilogue& e) {
+  switch (columns) {
+    case 1: return dot_tile<1>(pixels, input, weights, depth, e);
+    case 2: return dot_tile<2>(pixels, input, weights, depth, e);
+    case 3: return dot_tile<3>(pixels, input, weights, depth, e);
+    case 4: return dot_tile<4>(pixels, input, weights, depth, e);
+  }
+}
+
 // Where the taps of a tile of a depthwise convolution are: at one distance from each pixel's first
 // tap where all are inside the input, which saves loading a pointer per tap and pixel.
 struct InsideTaps {
@@ -596,7 +679,8 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
   for (int32_t index = block_begin; index < block_end; index++)
     scratch->blocks[index - block_begin] = block_at(plan, index);
-  const bool runs = takes_runs(plan);
+  const bool runs = takes_runs(plan) && !plan.dot;
+  if (plan.dot) unpack_columns(plan, scratch->columns);
   Epilogue e;
   start_epilogue(call, e);
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
@@ -615,6 +699,10 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
       for (int i = 0; i < rows.pixels; i++)
         gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
       input = {gathered, 1, 1, &depth, 0};
+    }
+    if (plan.dot) {
+      dot(call.out_channels, rows.pixels, input, scratch->columns, depth, e);
+      continue;
     }
     for (int32_t index = 0; index < block_end - block_begin; index++) {
       const pag_block& block = scratch->blocks[index];

@@ -115,13 +115,14 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
 bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.blocks_bytes +
-                                     plan.zeros_bytes + plan.panel_bytes);
+                                     plan.zeros_bytes + plan.panel_bytes + plan.columns_bytes);
   if (!at) return false;
   scratch.rows = reinterpret_cast<const float**>(at);
   scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
   scratch.blocks = reinterpret_cast<pag_block*>(at += plan.offsets_bytes);
   scratch.zeros = reinterpret_cast<float*>(at += plan.blocks_bytes);
   scratch.panel = reinterpret_cast<float*>(at += plan.zeros_bytes);
+  scratch.columns = reinterpret_cast<float*>(at += plan.panel_bytes);
   memset(scratch.zeros, 0, plan.zeros_bytes);
   const pag_convolution& call = *plan.call;
   int64_t* offset = scratch.offsets;
@@ -156,6 +157,8 @@ bool is_pointwise(const pag_convolution& call) {
 
 pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
+  // Dot products: with these many input channels, and pixels to unpack the weights for.
+  constexpr int FEW_OUT_CHANNELS = 4, LEAST_CHANNELS = 16, LEAST_PIXELS = 64;
   pag_plan plan = {};
   plan.call = &call;
   plan.taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
@@ -191,6 +194,11 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
   if (plan.gathered)
     plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
+  plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= FEW_OUT_CHANNELS &&
+             call.channels >= LEAST_CHANNELS && pixels >= LEAST_PIXELS;
+  if (plan.dot)
+    plan.columns_bytes =
+        whole_lines(sizeof(float) * plan.taps * call.channels * call.out_channels);
   return plan;
 }
 

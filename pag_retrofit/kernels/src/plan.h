@@ -23,7 +23,9 @@ struct pag_plan {
   bool plain;      // no source is read upsampled
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
+  bool dot;        // few output channels: vectors lie along the input channels
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
+  int64_t columns_bytes;
 };
 
 // Memory of one thread.
@@ -33,12 +35,14 @@ struct pag_scratch {
   pag_block* blocks;    // those that one call computes
   float* zeros;         // what padding reads
   float* panel;         // (tile, taps * channels): gathered input
+  float* columns;       // (out_channels, taps * channels): weights for dot products
 };
 
 // Tiles of a depthwise convolution that go through the channels together.
 enum { PAG_DEPTHWISE_GROUP = 8 };
 
 enum { PAG_PARTS = 16, PAG_PRODUCT = 32 };  // of a tile; output channels of a block
+enum { PAG_NARROW = 16 };                   // output channels of a block that is narrower
 
 // How a convolution is cut into tiles of 2x2 pixels, see winograd.h; for every thread.
 struct pag_tiling {

@@ -138,24 +138,6 @@ PAG_INLINE Vector add_products(Vector sums, const float* x, const float* w, cons
   return sums;
 }
 
-// The sums of LANES vectors, in order: halves of two are added, then halves of halves.
-PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
-  PAG_UNROLL
-  for (int block = LANES; block > 1; block /= 2) {
-    Integers low, high;
-    for (int lane = 0; lane < LANES; lane++) {
-      const int at = lane % block, half = block / 2;
-      low[lane] = lane - at + (at < half ? at : at - half + LANES);
-      high[lane] = low[lane] + half;
-    }
-    PAG_UNROLL
-    for (int i = 0; i < block / 2; i++)
-      v[i] = __builtin_shuffle(v[i], v[i + block / 2], low) +
-             __builtin_shuffle(v[i], v[i + block / 2], high);
-  }
-  return v[0];
-}
-
 PAG_INLINE void write_decisions(const pag_gate* call, int64_t begin, int count, Vector scores) {
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   scores += *call->bias;

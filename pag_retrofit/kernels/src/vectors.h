@@ -82,6 +82,24 @@ PAG_INLINE float sum(Vector v) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
+// The sums of LANES vectors, in order: halves of two are added, then halves of halves.
+PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
+  PAG_UNROLL
+  for (int block = LANES; block > 1; block /= 2) {
+    Integers low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+      const int at = lane % block, half = block / 2;
+      low[lane] = lane - at + (at < half ? at : at - half + LANES);
+      high[lane] = low[lane] + half;
+    }
+    PAG_UNROLL
+    for (int i = 0; i < block / 2; i++)
+      v[i] = __builtin_shuffle(v[i], v[i + block / 2], low) +
+             __builtin_shuffle(v[i], v[i + block / 2], high);
+  }
+  return v[0];
+}
+
 // Written so that a NaN passes, as in torch.
 PAG_INLINE Vector at_least(Vector x, float low) { return x < low ? broadcast(low) : x; }
 PAG_INLINE Vector at_most(Vector x, float high) { return x > high ? broadcast(high) : x; }
