@@ -302,25 +302,37 @@ class Convolve(Step):
 
 @dataclass(kw_only=True)
 class Interpolate(Step):
-    """Fill pixels of a map by those at every second row and column.
+    """Fill pixels of a map by those at every second row and column, and activate all of it.
+
+    The others are activated last: what lies between them is interpolated as they were.
 
     Args:
         layout: Of the map.
-        where: Which of the demanded pixels.
+        where: Which of the demanded pixels are filled.
+        others: Which of the demanded pixels are there.
+        activation: One of `kernels.ACTIVATIONS`.
+        slope: Of a leaky ReLU.
     """
 
     layout: str
     where: Demand
+    others: Demand
+    activation: str
+    slope: float
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
-        """Interpolate in place."""
+        """Interpolate and activate in place."""
         rows = as_rows(values[self.writes], self.layout)
-        kernels.interpolate(rows, demands.listed(both(demanded, self.where)))
+        between = demands.listed(both(demanded, self.where))
+        kernels.interpolate(rows, between, activation=self.activation, slope=self.slope)
+        if self.activation != "none":
+            there = demands.listed(both(demanded, self.others))
+            kernels.activate(rows, self.activation, self.slope, there)
 
 
 @dataclass(kw_only=True)
 class Activate(Step):
-    """An activation of a whole map, in place.
+    """An activation of a map, in place.
 
     Args:
         layout: Of the map.
@@ -334,7 +346,8 @@ class Activate(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Apply it."""
-        kernels.activate(as_rows(values[self.writes], self.layout), self.activation, self.slope)
+        rows = as_rows(values[self.writes], self.layout)
+        kernels.activate(rows, self.activation, self.slope, demands.listed(demanded))
 
 
 @dataclass(kw_only=True)

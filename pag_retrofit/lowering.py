@@ -825,9 +825,15 @@ class _Lowering:
                 )
             )
         if group.coarse:
-            closed = both(Masked(group.coarse, False), Grid(group.coarse, False))
             self.state.steps.append(
-                Interpolate(writes=node.name, layout=group.layout, where=closed)
+                Interpolate(
+                    writes=node.name,
+                    layout=group.layout,
+                    where=both(Masked(group.coarse, False), Grid(group.coarse, False)),
+                    others=Either(Masked(group.coarse), Grid(group.coarse)),
+                    activation=group.activation,
+                    slope=group.slope,
+                )
             )
         if last != "none":
             self.state.steps.append(
@@ -898,11 +904,11 @@ class _Lowering:
     def _activations(self, group: _Group) -> tuple[str, str]:
         """The one that kernels apply, and the one that the whole map goes through at the end.
 
-        Pixels that no convolution writes need theirs, too: interpolated ones, and those of a
-        shortcut outside of a mask, unless it has no effect there.
+        Pixels of a shortcut outside of a mask, which no convolution writes, need theirs, too,
+        unless it has no effect there. A coarse bypass activates when it has interpolated.
         """
         if group.coarse:
-            return "none", group.activation
+            return "none", "none"
         shortcut = group.residual is not None and bool(group.mask) and not group.residual_after
         if not shortcut or (group.activation == "relu" and group.residual in self.not_negative):
             return group.activation, "none"

@@ -484,9 +484,13 @@ class TestRows:
         listed = mask_of(mask, (2, *size), 3)
         coarse = pf.coarse(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         expected = torch.where(listed[:, 0, :, :, None], coarse, x)
-        twin.interpolate(x, *reference.list_pixels(listed, True))
+        activated = x.clone()
+        twin.interpolate(x, *reference.list_pixels(listed, True), "none", 0.0)
         assert torch.equal(x, expected)
-        twin.interpolate(x, None, None)
+        twin.interpolate(activated, *reference.list_pixels(listed, True), "relu", 0.0)
+        listed[:, :, ::2, ::2] = False  # those between which others are interpolated
+        assert torch.equal(activated, torch.where(listed[:, 0, :, :, None], coarse.relu(), x))
+        twin.interpolate(x, None, None, "none", 0.0)
         assert torch.equal(x, coarse)
 
     @pytest.mark.parametrize("channels", [1, 15, 16, 64, 200])
@@ -622,8 +626,16 @@ class TestWholeMaps:
         for floats in (1, 15, 16, 1000):
             x = torch.linspace(-9, 9, floats).view(1, 1, 1, -1)
             expected = activated(x, activation)
-            twin.activate(x, activation, 0.1)
+            twin.activate(x, None, None, activation, 0.1)
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("mask", ["all", "none", "random", "single"])
+    def test_activate_at_listed_pixels(self, twin: ModuleType, mask: str) -> None:
+        x = torch.randn(2, 5, 7, 23)[..., 1:20]
+        listed = mask_of(mask, (2, 5, 7), 3)
+        expected = torch.where(listed[:, 0, :, :, None], x.relu(), x)
+        twin.activate(x, *reference.list_pixels(listed, True), "relu", 0.0)
+        assert torch.equal(x, expected)
 
     @pytest.mark.parametrize("pixels", [1, 63, 1000])
     def test_combine_and_copy(self, twin: ModuleType, pixels: int) -> None:
@@ -740,7 +752,8 @@ class TestLists:
                 lambda module=module: module.convolution(a),
                 lambda module=module: module.layer_norm(a.out, x, pixels, count, None, None, 1e-6),
                 lambda module=module: module.masked_mean(x, pixels, count),
-                lambda module=module: module.interpolate(a.out, pixels, count),
+                lambda module=module: module.interpolate(a.out, pixels, count, "none", 0.0),
+                lambda module=module: module.activate(a.out, pixels, count, "relu", 0.0),
             ]
             for call in calls:
                 if fine:

@@ -44,14 +44,13 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
-_CHANGED = Struct("4i" + _LIST + "Pq")
+_CHANGED = Struct("4i" + _LIST + "Pqif")
 _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "6P")
 _LISTING = Struct("P2q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
 _POOL = Struct("6i8iPqPq")
-_ACTIVATION = Struct("Pqif")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
@@ -242,13 +241,11 @@ def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tens
     return out
 
 
-def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
-    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, in place."""
-    dense = x.shape[:3].numel()
-    packed = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x))
-    status = _call(_INTERPOLATE, packed, x, pixels, length)
-    if status:
-        raise _error(status, pixels, length, dense)
+def interpolate(
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+) -> None:
+    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, activated."""
+    _change(_INTERPOLATE, x, pixels, length, activation, slope)
 
 
 def gate(
@@ -335,10 +332,27 @@ def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
     _call(_MAX_POOL, packed, out, x)
 
 
-def activate(x: Tensor, activation: str, slope: float) -> None:
-    """Apply an activation to a contiguous map, in place."""
-    packed = _ACTIVATION.pack(x.data_ptr(), x.numel(), _ACTIVATION_NUMBERS[activation], slope)
-    _call(_ACTIVATE, packed, x)
+def activate(
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+) -> None:
+    """Apply an activation to listed pixels of `x` (B, H, W, C), in place."""
+    _change(_ACTIVATE, x, pixels, length, activation, slope)
+
+
+def _change(
+    kind: int,
+    x: Tensor,
+    pixels: Tensor | None,
+    length: Tensor | None,
+    activation: str,
+    slope: float,
+) -> None:
+    dense = x.shape[:3].numel()
+    number = _ACTIVATION_NUMBERS[activation]
+    packed = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x), number, slope)
+    status = _call(kind, packed, x, pixels, length)
+    if status:
+        raise _error(status, pixels, length, dense)
 
 
 def _pack_rows(

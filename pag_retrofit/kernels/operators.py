@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from pag_retrofit.errors import PagError
 from pag_retrofit.kernels import native, reference
 from pag_retrofit.kernels.arguments import (
+    ACTIVATIONS,
     MAX_EXTENT,
     MAX_PIXELS,
     ConvolutionArguments,
@@ -43,7 +44,9 @@ _LIBRARY.define(
     "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? length, Tensor? weight, "
     "Tensor? bias, float epsilon) -> ()"
 )
-_LIBRARY.define("interpolate(Tensor(a!) x, Tensor? pixels, Tensor? length) -> ()")
+_LIBRARY.define(
+    "interpolate(Tensor(a!) x, Tensor? pixels, Tensor? length, str activation, float slope) -> ()"
+)
 _LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
 _LIBRARY.define(
     "gate(Tensor[] sources, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size, "
@@ -150,10 +153,14 @@ def _layer_norm(
 
 
 @torch.library.impl(_LIBRARY, "interpolate", "CPU")
-def _interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
+def _interpolate(
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+) -> None:
     pixel_stride("x", x)
     check_list(pixels, length)
-    backend().interpolate(x, pixels, length)
+    if activation not in ACTIVATIONS:
+        raise PagError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    backend().interpolate(x, pixels, length, activation, slope)
 
 
 @torch.library.impl(_LIBRARY, "masked_mean", "CPU")

@@ -231,7 +231,9 @@ def layer_norm(
     return out
 
 
-def interpolate(x: Tensor, listed: PixelList | None = None) -> Tensor:
+def interpolate(
+    x: Tensor, listed: PixelList | None = None, *, activation: str = "none", slope: float = 0.01
+) -> Tensor:
     """Interpolate the listed pixels of `x` linearly between those at even rows and columns.
 
     In place, as `pag_retrofit.functional.coarse` does; listed pixels at even rows and columns stay
@@ -240,15 +242,17 @@ def interpolate(x: Tensor, listed: PixelList | None = None) -> Tensor:
     Args:
         x: (B, H, W, C).
         listed: Default all pixels.
+        activation: One of `ACTIVATIONS`, of the interpolated pixels; default `"none"`.
+        slope: Of `"leaky_relu"`; default 0.01.
 
     Returns:
         `x`.
 
     Raises:
-        PagError: A shape, type, stride or index does not fit.
+        PagError: A shape, type, stride or index does not fit, or the activation is unknown.
     """
     pixels, length = (None, None) if listed is None else listed
-    _OPS.interpolate(x, pixels, length)
+    _OPS.interpolate(x, pixels, length, activation, slope)
     return x
 
 
@@ -377,6 +381,9 @@ def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
     visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
 
 
-def activate(x: Tensor, activation: str, slope: float = 0.01) -> None:
-    """Apply one of `ACTIVATIONS` to a contiguous float32 map, in place."""
-    visible().activate(x, activation, slope)
+def activate(
+    x: Tensor, activation: str, slope: float = 0.01, listed: PixelList | None = None
+) -> None:
+    """Apply one of `ACTIVATIONS` to the listed pixels of a map (B, H, W, C), in place."""
+    pixels, length = (None, None) if listed is None else listed
+    visible().activate(x, pixels, length, activation, slope)

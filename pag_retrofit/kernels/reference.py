@@ -63,9 +63,13 @@ def activated(x: Tensor, activation: str, slope: float) -> Tensor:
     return result
 
 
-def activate(x: Tensor, activation: str, slope: float) -> None:
-    """Apply an activation to a map, in place."""
-    x.copy_(activated(x, activation, slope))
+def activate(
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+) -> None:
+    """Apply an activation to listed pixels of `x` (B, H, W, C), in place."""
+    batch, height, width, _ = x.shape
+    where = _coordinates(_listed(pixels, length, batch * height * width), height, width)
+    x[where] = activated(x[where], activation, slope)
 
 
 def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
@@ -94,14 +98,17 @@ def layer_norm(
     out[where] = F.layer_norm(x[where], (channels,), weight, bias, epsilon)
 
 
-def interpolate(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> None:
-    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, in place."""
+def interpolate(
+    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+) -> None:
+    """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, activated."""
     batch, height, width, _ = x.shape
     listed = _listed(pixels, length, batch * height * width)
     image, row, column = _coordinates(listed, height, width)
     between = (row % 2 + column % 2) > 0
     where = image[between], row[between], column[between]
-    x[where] = coarse(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[where]
+    filled = coarse(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[where]
+    x[where] = activated(filled, activation, slope)
 
 
 def masked_mean(x: Tensor, pixels: Tensor | None, length: Tensor | None) -> Tensor:

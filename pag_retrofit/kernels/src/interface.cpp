@@ -527,11 +527,14 @@ int pool(const pag_pool* call, int threads) {
   return PAG_OK;
 }
 
-int activate(const pag_activation_call* call, int threads) {
+int activate(const pag_map* call, int threads) {
   const pag_kernels& table = kernels();
-  const int64_t chunks = worthwhile(threads, call->count);
+  const int64_t pixels = (int64_t)call->batch * call->height * call->width;
+  const int64_t count = check_list(call->list, pixels);
+  if (count < 0) return (int)-count;
+  const int64_t chunks = worthwhile(threads, count * call->channels);
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.activate(call, call->count * i / chunks, call->count * (i + 1) / chunks);
+    table.activate(call, count * i / chunks, count * (i + 1) / chunks);
   });
   return PAG_OK;
 }
@@ -618,7 +621,7 @@ int run(const pag_call& call, int threads) {
     PAG_RUN(PAG_COMBINE, pag_combination, combine)
     PAG_RUN(PAG_COPY, pag_copy, copy)
     PAG_RUN(PAG_POOL, pag_pool, pool)
-    PAG_RUN(PAG_ACTIVATE, pag_activation_call, activate)
+    PAG_RUN(PAG_ACTIVATE, pag_map, activate)
   }
 #undef PAG_RUN
   return PAG_OK;

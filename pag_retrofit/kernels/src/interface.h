@@ -86,6 +86,8 @@ struct pag_map {
   pag_list list;
   float* x;
   int64_t stride;
+  int32_t activation;
+  float slope;  // of PAG_LEAKY_RELU
 };
 
 // Indices where (mask != 0) == wanted, ascending, and how many; the list holds nothing of use behind.
@@ -125,14 +127,6 @@ struct pag_pool {
   int64_t out_stride;
 };
 
-// x = activation(x)
-struct pag_activation_call {
-  float* x;
-  int64_t count;
-  int32_t activation;
-  float slope;  // of PAG_LEAKY_RELU
-};
-
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
@@ -146,14 +140,14 @@ enum pag_kind {
   PAG_LAYER_NORM,     // pag_rows
   PAG_MEAN,           // pag_rows
   PAG_INTERPOLATE,    // pag_map: listed pixels but those at even rows and columns become the means
-                      // of the two or four next to them that are
+                      // of the two or four next to them that are, activated
   PAG_DECIDE,         // pag_gate
   PAG_LIST,           // pag_listing
   PAG_READ,           // pag_reading
   PAG_COMBINE,        // pag_combination
   PAG_COPY,           // pag_copy
   PAG_POOL,           // pag_pool
-  PAG_ACTIVATE,       // pag_activation_call
+  PAG_ACTIVATE,       // pag_map: listed pixels are activated
 };
 
 struct pag_call {

@@ -84,5 +84,5 @@ struct pag_kernels {
   void (*decide)(const pag_gate*, int64_t begin, int64_t end);
   void (*list_pixels)(const pag_listing*);
   void (*pool)(const pag_pool*, int64_t begin, int64_t end);
-  void (*activate)(const pag_activation_call*, int64_t begin, int64_t end);
+  void (*activate)(const pag_map*, int64_t begin, int64_t end);
 };

@@ -99,31 +99,62 @@ void mean(const pag_rows* call, int64_t count, const int64_t* counts, int32_t ch
       call->out[(int64_t)image * channels + c] /= counts[image];
 }
 
-// Positions [begin, end) of the list. Pixels at even rows and columns are read and never written.
-void interpolate(const pag_map* call, int64_t begin, int64_t end) {
+// Where pixels of a map are that follow one another in a list.
+struct Place {
+  int64_t index = -2, image = 0, y = 0, x = 0;
+
+  PAG_INLINE void move(int64_t to, int64_t height, int64_t width) {
+    if (to == index + 1 && x + 1 < width) {
+      x++;  // as most are
+    } else {
+      const int64_t line = to / width;
+      x = to - line * width;
+      image = line / height;
+      y = line - image * height;
+    }
+    index = to;
+  }
+};
+
+template <class Activation>
+PAG_INLINE void interpolate_with(const pag_map* call, int64_t begin, int64_t end,
+                                 Activation activate) {
+  const int channels = call->channels;
+  const int64_t stride = call->stride, line = call->width * stride;
+  Place at;
   for (int64_t position = begin; position < end; position++) {
-    const int64_t index = index_at(call->list, position);
-    const int64_t line = index / call->width, x = index - line * call->width;
-    const int64_t y = line % call->height, image = line - y;
-    if (!(y & 1) && !(x & 1)) continue;
+    at.move(index_at(call->list, position), call->height, call->width);
+    const bool down = at.y & 1, right = at.x & 1;
+    if (!down && !right) continue;
+    float* out = call->x + at.index * stride;
     // Past the last even row (column) the last one counts twice.
-    const int64_t below = y & 1 ? (y + 1 < call->height ? y + 1 : y - 1) : y;
-    const int64_t right = x & 1 ? (x + 1 < call->width ? x + 1 : x - 1) : x;
-    const float* corners[4];
-    const int64_t rows[2] = {y & ~1ll, below}, columns[2] = {x & ~1ll, right};
-    for (int i = 0; i < 4; i++)
-      corners[i] =
-          call->x + ((image + rows[i & 1]) * call->width + columns[i >> 1]) * call->stride;
-    float* out = call->x + index * call->stride;
-    for (int i = 0; i < call->channels; i += LANES) {
-      const int left = call->channels - i;
-      const Vector first =
-          (load_up_to(corners[0] + i, left) + load_up_to(corners[1] + i, left)) * 0.5f;
-      const Vector second =
-          (load_up_to(corners[2] + i, left) + load_up_to(corners[3] + i, left)) * 0.5f;
-      store_up_to(out + i, (first + second) * 0.5f, left);
+    const int64_t above = down ? -line : 0, left = right ? -stride : 0;
+    const int64_t below = down && at.y + 1 < call->height ? line : above;
+    const int64_t beside = right && at.x + 1 < call->width ? stride : left;
+    const float *a = out + above + left, *b = out + below + beside;
+    if (!down || !right) {
+      for (int i = 0; i < channels; i += LANES) {
+        const int count = channels - i;
+        const Vector mean = (load_up_to(a + i, count) + load_up_to(b + i, count)) * 0.5f;
+        store_up_to(out + i, activate(mean), count);
+      }
+      continue;
+    }
+    const float *c = out + below + left, *d = out + above + beside;
+    for (int i = 0; i < channels; i += LANES) {
+      const int count = channels - i;
+      const Vector first = (load_up_to(a + i, count) + load_up_to(c + i, count)) * 0.5f;
+      const Vector second = (load_up_to(d + i, count) + load_up_to(b + i, count)) * 0.5f;
+      store_up_to(out + i, activate((first + second) * 0.5f), count);
     }
   }
+}
+
+// Positions [begin, end) of the list. Pixels at even rows and columns are read and never written.
+void interpolate(const pag_map* call, int64_t begin, int64_t end) {
+  with_activation(call->activation, call->slope, [&](auto function) PAG_LAMBDA {
+    interpolate_with(call, begin, end, function);
+  });
 }
 
 // Add x * w, or x * w * scale, to a vector of sums.
@@ -307,17 +338,21 @@ void pool(const pag_pool* call, int64_t begin, int64_t end) {
 }
 
 template <class Activation>
-PAG_INLINE void activate_all(float* x, int64_t count, Activation function) {
+PAG_INLINE void activate_row(float* x, int64_t count, Activation function) {
   for (int64_t i = 0; i < count; i += LANES) {
     const int left = count - i < LANES ? (int)(count - i) : LANES;
     store_up_to(x + i, function(load_up_to(x + i, left)), left);
   }
 }
 
-// Floats [begin, end).
-void activate(const pag_activation_call* call, int64_t begin, int64_t end) {
+// Positions [begin, end) of the list.
+void activate(const pag_map* call, int64_t begin, int64_t end) {
+  const int64_t stride = call->stride, channels = call->channels;
   with_activation(call->activation, call->slope, [&](auto function) PAG_LAMBDA {
-    activate_all(call->x + begin, end - begin, function);
+    if (!call->list.pixels && stride == channels)
+      return activate_row(call->x + begin * stride, (end - begin) * stride, function);
+    for (int64_t position = begin; position < end; position++)
+      activate_row(call->x + index_at(call->list, position) * stride, channels, function);
   });
 }
 
