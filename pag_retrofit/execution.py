@@ -704,6 +704,9 @@ class Call(Step):
         if isinstance(result, Tensor):
             result = values.hold(self.writes, result)
             leaves = [result]
+            if (write := _writing(self.function)) is not None:
+                _repeat(functools.partial(write, *arguments, **keywords, out=result))
+                return result
 
         def again() -> None:
             for held, new in zip(
@@ -713,6 +716,24 @@ class Call(Step):
 
         _repeat(again)
         return result
+
+
+@functools.cache
+def _writing(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The form of an operator of torch that writes its result where `out` says, if it has one."""
+    schema = getattr(function, "_schema", None)
+    if schema is None:
+        return None
+    packet: Any = function._overloadpacket  # type: ignore[attr-defined]
+    wanted = [(a.name, str(a.type)) for a in schema.arguments]
+    for name in packet.overloads():
+        form = getattr(packet, name)
+        arguments = form._schema.arguments
+        taken = [(a.name, str(a.type)) for a in arguments if not a.is_out]
+        if taken == wanted and [a.name for a in arguments if a.is_out] == ["out"]:
+            found: Callable[..., Any] = form
+            return found
+    return None
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -56,14 +56,14 @@ from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
-_TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
+_TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity",
+                          "dropout", "feature_dropout"})  # fmt: skip
 _VIEWS_OF_MASKS = frozenset(
     {"permute", "transpose", "flatten", "view", "reshape", "to", "_to_copy"}
 )
 _NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
                          "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
-_MOST_SOURCES = 4
 _POINTWISE = Window((1, 1), (1, 1), (1, 1), (0, 0))
 
 
@@ -210,7 +210,7 @@ class _Lowering:
     def _find_aliases(self) -> None:
         for node in self.graph.nodes:
             name = base_name(node)
-            if name in _TRANSPARENT or name.startswith("dropout") or is_whole_slice(node):
+            if name in _TRANSPARENT or is_whole_slice(node):
                 self.same[node] = node.args[0]
             elif name in ("to", "_to_copy") and keeps_type(node):
                 self.same[node] = node.args[0]
@@ -632,7 +632,7 @@ class _Lowering:
     def _visit_cat(self, node: Node, dry: bool = False) -> bool:
         axis = node.args[1] if len(node.args) > 1 else 0
         shapes = [shape_of(x) for x in node.args[0]]
-        if len(shapes[0]) != 4 or axis not in (1, -3) or len(shapes) > _MOST_SOURCES:
+        if len(shapes[0]) != 4 or axis not in (1, -3) or len(shapes) > kernels.MAX_SOURCES:
             return False
         if not self._read_by_kernels(node):
             return False
@@ -646,9 +646,48 @@ class _Lowering:
             else:
                 self.make(x)
                 sources.append(Source(x.name, "BCHW"))
-        if len(sources) > _MOST_SOURCES or any(s.scale for s in sources):
+        if len(sources) > kernels.MAX_SOURCES or any(s.scale for s in sources):
             return False
         self.state.virtual[node] = _Parts(tuple(sources))
+        return True
+
+    def _visit_stack(self, node: Node) -> bool:
+        """Not made if what follows adds the maps up."""
+        readers = self.readers.get(node, [])
+        if len(readers) != 1 or not self._adds_up(readers[0], node):
+            return False
+        self.state.virtual[node] = _Parts(())
+        return True
+
+    def _adds_up(self, node: Node, stacked: Node) -> bool:
+        """Whether a node is the sum of the maps that another one stacks."""
+        if base_name(node) != "sum" or base_name(stacked) != "stack" or len(node.args) != 2:
+            return False
+        axis = stacked.args[1] if len(stacked.args) > 1 else stacked.kwargs.get("dim", 0)
+        return list(node.args[1]) == [axis] and not node.kwargs and len(stacked.args[0]) > 1
+
+    def _visit_sum(self, node: Node) -> bool:
+        """One map after the other: a stack of large ones takes long to make, and longer to add."""
+        stacked = self.real(node.args[0])
+        if stacked not in self.state.virtual or not self._adds_up(node, stacked):
+            return False
+        maps = [self.real(x) for x in stacked.args[0]]
+        for x in maps:
+            self.make(x)
+        total = maps[0].name
+        for number, x in enumerate(maps[1:], 1):
+            name = node.name if number == len(maps) - 1 else f"{node.name}.{number}"
+            self.state.steps.append(
+                Call(
+                    writes=name,
+                    function=torch.ops.aten.add.Tensor,
+                    arguments=(Value(total), Value(x.name)),
+                    keywords={},
+                    pixelwise=(total, x.name),
+                )
+            )
+            total = name
+        self.state.made.add(node)
         return True
 
     def _visit_slice(self, node: Node) -> bool:

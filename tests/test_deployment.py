@@ -438,6 +438,39 @@ def test_a_decoder_reads_its_parts_where_they_are(deployed: DeployedNetwork) -> 
     assert any([s.upsampling for s in sources] == [2] for sources in read)
 
 
+class Summed(nn.Module):
+    """Adds up maps that it stacks, as the decoder of an FPN does."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x).sin() for layer in self.layers], self.axis).sum(self.axis)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_maps_are_added_one_after_the_other(axis: int) -> None:
+    gated = gate_all(randomize(Summed(axis)))
+    deployed = pag.deploy(gated)
+    for density in (1.0, 0.4):
+        agree(gated, deployed, torch.randn(SHAPE), density, "random")
+    names = [str(step.function) for step in steps_of(deployed) if isinstance(step, Call)]
+    assert [name for name in names if "sin" not in name] == ["aten.add.Tensor"] * 2
+
+
+@torch.no_grad()
+def test_operators_write_where_later_passes_look() -> None:
+    """With and without a form that takes `out`, and of several results."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Softplus(), nn.Conv2d(8, 4, 1))
+    deployed = pag.deploy(randomize(model).eval())
+    for _ in range(3):
+        x = torch.randn(SHAPE)
+        close(deployed(x), model(x))
+
+
 @torch.no_grad()
 def test_nothing_is_computed_where_nothing_is_open() -> None:
     """The convolutions of a closed branch run on empty lists: values there are never written."""

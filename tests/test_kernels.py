@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from struct import Struct
 from types import ModuleType
 from typing import Any
 
@@ -252,7 +253,7 @@ def windows(draw: st.DrawFn) -> Window:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Ungrouped convolutions of one to three sources, grouped and depthwise ones."""
+    """Ungrouped convolutions of one to six sources, grouped and depthwise ones."""
     kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "depthwise"]))
     window = draw(windows())
     winograd = kind in ("plain", "sources") and draw(st.booleans())
@@ -262,7 +263,7 @@ def cases(draw: st.DrawFn) -> Case:
     upsampling: tuple[int, ...] = (draw(st.sampled_from([1, 1, 1, 2])),)
     groups, out_channels = 1, draw(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 40, 65, 96]))
     if kind == "sources":
-        channels = draw(st.lists(st.integers(1, 20), min_size=2, max_size=4).map(tuple))
+        channels = draw(st.lists(st.integers(1, 20), min_size=2, max_size=6).map(tuple))
         upsampling = tuple(draw(st.sampled_from([1, 1, 2, 4])) for _ in channels)
     elif kind == "grouped":
         groups = draw(st.integers(2, 7))
@@ -320,11 +321,13 @@ class TestConvolution:
         check(Case((channels,), out_channels=out_channels, size=(17, 23), mask=mask), twin)
 
     @pytest.mark.parametrize("mask", MASKS)
-    @pytest.mark.parametrize("out_channels", [1, 11, 16])
+    @pytest.mark.parametrize("out_channels", [1, 2, 3, 4, 11, 16])
     def test_few_output_channels(self, twin: ModuleType, out_channels: int, mask: str) -> None:
         case = Case((24,), out_channels=out_channels, size=(7, 47), mask=mask, activation="relu")
         check(case, twin)
         check(replace(case, channels=(8, 16), upsampling=(2, 1)), twin)
+        check(replace(case, input_scale=True, residual="before"), twin)
+        check(replace(case, channels=(37,), activation="none"), twin)
         check(replace(case, window=Window((5, 3), (2, 1), (2, 1), (1, 0))), twin)
 
     @pytest.mark.parametrize("mask", MASKS)
@@ -686,6 +689,14 @@ class TestTape:
         kernels.replay(tape)
 
 
+@needs_library
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = Struct(native._STRUCTURES[1].format + "Pq")
+    monkeypatch.setitem(native._STRUCTURES, 1, longer)
+    with pytest.raises(PagError, match="bytes for a convolution, expected"):
+        native.library.__wrapped__()
+
+
 class TestLists:
     @given(
         shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
@@ -775,7 +786,7 @@ class TestArguments:
             (lambda a: {"out": a.out[:, :, :-1]}, "strides"),
             (lambda a: {"out": a.out[..., :0]}, "neither of them 0"),
             (lambda a: {"sources": []}, "0 sources"),
-            (lambda a: {"sources": [*a.sources] * 5, "upsampling": [1] * 5}, "5 sources"),
+            (lambda a: {"sources": [*a.sources] * 7, "upsampling": [1] * 7}, "7 sources"),
             (lambda a: {"upsampling": [1, 1]}, "2 upsampling factors"),
             (lambda a: {"upsampling": [3]}, "power of two"),
             (lambda a: {"upsampling": [0]}, "power of two"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pag_retrofit.kernels.arguments import ACTIVATIONS
+from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES
 from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
 from pag_retrofit.kernels.operators import backend, can_record, using
 from pag_retrofit.kernels.perforated import (
@@ -26,6 +26,7 @@ from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, reco
 
 __all__ = [
     "ACTIVATIONS",
+    "MAX_SOURCES",
     "Epilogue",
     "PerforatedConvolution",
     "PixelList",

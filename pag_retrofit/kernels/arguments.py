@@ -28,7 +28,7 @@ ACTIVATIONS = (
     "sigmoid",
     "leaky_relu",
 )
-MAX_SOURCES = 4  # PAG_MAX_SOURCES of the C interface
+MAX_SOURCES = 6  # PAG_MAX_SOURCES of the C interface
 MAX_PIXELS = 2**31 - 1  # what an int32 index can address
 MAX_EXTENT = 2**24  # of an axis and of a window, so that int32 coordinates cannot overflow
 _WINOGRAD_WINDOW = (3, 3, 1, 1)

@@ -61,8 +61,22 @@ KINDS = (
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
 _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE = range(6, 12)
 OPERATIONS = ("and", "or", "not")  # of pag_operation
+_STRUCTURES = {
+    _CONVOLVE: _CONVOLUTION,
+    _LAYER_NORM: _ROWS,
+    _MEAN: _ROWS,
+    _INTERPOLATE: _CHANGED,
+    _DECIDE: _GATE,
+    _LIST_PIXELS: _LISTING,
+    _READ: _READING,
+    _COMBINE: _COMBINATION,
+    _COPY_BYTES: _COPY,
+    _MAX_POOL: _POOL,
+    _ACTIVATE: _CHANGED,
+}
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "pag_argument_bytes": (c_int64, [c_int]),
     "pag_instruction_set": (c_char_p, []),
     "pag_use_instruction_set": (c_int, [c_char_p]),
     "pag_use_openmp": (None, [c_void_p]),
@@ -98,6 +112,13 @@ def library() -> ctypes.CDLL:
                 "package again"
             )
         function.restype, function.argtypes = result, arguments
+    for kind, structure in _STRUCTURES.items():
+        there, here = loaded.pag_argument_bytes(kind), -(-structure.size // 8) * 8
+        if there != here:
+            raise PagError(
+                f"the native kernels {path} are of another version: they take {there} bytes for a "
+                f"{KINDS[kind]}, expected {here}; install this package again"
+            )
     # torch loads its OpenMP runtime for the whole process; where it is another one, the library
     # starts threads of its own.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)

@@ -120,7 +120,7 @@ class PerforatedConvolution(nn.Module):
 
         Args:
             out: (B, h, w, out), or a slice of the channels of a wider map.
-            sources: Map, or up to four maps whose channels one after the other are the input;
+            sources: Map, or up to six maps whose channels one after the other are the input;
                 none may share memory with `out`, other channels of one map excepted.
             listed: Pixels of `out`; default all.
             upsampling: Power of two by which each source is (nearest-neighbour) upsampled as it
@@ -282,7 +282,7 @@ def gate_mask(
     """Decide which pixels to compute: where weight . (scale * x) + bias >= 0.
 
     Args:
-        sources: x (B, H, W, C), or up to four maps whose channels one after the other are x.
+        sources: x (B, H, W, C), or up to six maps whose channels one after the other are x.
         weight: (C,).
         bias: (1,).
         stride: From one decided pixel to the next.

@@ -607,27 +607,37 @@ int copy(const pag_copy* call, int threads) {
   return PAG_OK;
 }
 
+// Each kind of call, its structure and the function that takes it.
+#define PAG_EACH_KIND(DO)                          \
+  DO(PAG_CONVOLVE, pag_convolution, convolve)      \
+  DO(PAG_LAYER_NORM, pag_rows, layer_norm)         \
+  DO(PAG_MEAN, pag_rows, mean)                     \
+  DO(PAG_INTERPOLATE, pag_map, interpolate)        \
+  DO(PAG_DECIDE, pag_gate, decide)                 \
+  DO(PAG_LIST, pag_listing, list_pixels)           \
+  DO(PAG_READ, pag_reading, read_pixels)           \
+  DO(PAG_COMBINE, pag_combination, combine)        \
+  DO(PAG_COPY, pag_copy, copy)                     \
+  DO(PAG_POOL, pag_pool, pool)                     \
+  DO(PAG_ACTIVATE, pag_map, activate)
+
 int run(const pag_call& call, int threads) {
 #define PAG_RUN(KIND, STRUCTURE, FUNCTION) \
   case KIND: return FUNCTION(static_cast<const STRUCTURE*>(call.arguments), threads);
-  switch (call.kind) {
-    PAG_RUN(PAG_CONVOLVE, pag_convolution, convolve)
-    PAG_RUN(PAG_LAYER_NORM, pag_rows, layer_norm)
-    PAG_RUN(PAG_MEAN, pag_rows, mean)
-    PAG_RUN(PAG_INTERPOLATE, pag_map, interpolate)
-    PAG_RUN(PAG_DECIDE, pag_gate, decide)
-    PAG_RUN(PAG_LIST, pag_listing, list_pixels)
-    PAG_RUN(PAG_READ, pag_reading, read_pixels)
-    PAG_RUN(PAG_COMBINE, pag_combination, combine)
-    PAG_RUN(PAG_COPY, pag_copy, copy)
-    PAG_RUN(PAG_POOL, pag_pool, pool)
-    PAG_RUN(PAG_ACTIVATE, pag_map, activate)
-  }
+  switch (call.kind) { PAG_EACH_KIND(PAG_RUN) }
 #undef PAG_RUN
   return PAG_OK;
 }
 
 }  // namespace
+
+int64_t pag_argument_bytes(int kind) {
+#define PAG_BYTES(KIND, STRUCTURE, FUNCTION) \
+  case KIND: return sizeof(STRUCTURE);
+  switch (kind) { PAG_EACH_KIND(PAG_BYTES) }
+#undef PAG_BYTES
+  return 0;
+}
 
 const char* pag_instruction_set(void) { return kernels().name; }
 

@@ -9,7 +9,7 @@
 
 #define PAG_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { PAG_MAX_SOURCES = 4 };
+enum { PAG_MAX_SOURCES = 6 };
 
 enum pag_status { PAG_OK = 0, PAG_BAD_INDEX = 1, PAG_BAD_COUNT = 2, PAG_NO_MEMORY = 3 };
 
@@ -155,6 +155,9 @@ struct pag_call {
   const void* arguments;
 };
 
+// Bytes of the structure that a kind of call takes, 0 for an unknown kind: a caller that was written
+// for another version of this file can tell.
+PAG_EXPORT int64_t pag_argument_bytes(int kind);
 // Instruction sets, in rising order: "portable", "avx2", "avx512".
 PAG_EXPORT const char* pag_instruction_set(void);
 // Use the named set; returns 0 (and changes nothing) where it is unknown or the processor lacks it.
