@@ -1,9 +1,10 @@
 """Latency of a deployed network and of every dense runtime at hand, side by side in one run.
 
-All variants are called in turn, round after round, so that a busy machine slows them alike. Each is
-called twice in a row and the second call counts: the first one brings its weights back into the
-caches, from which the others have pushed them. Dense runtimes get the original network with the
-same weights. Under made-up masks the gates decide all the same; putting masks on is not timed.
+All variants are called in turn, round after round, so that a busy machine slows them alike. In its
+turn a variant is called several times and the first call does not count: it brings weights back
+into the caches, from which the others have pushed them. Dense runtimes get the original network
+with the same weights. Under made-up masks the gates decide all the same; putting masks on is not
+timed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pag_retrofit.surgery import remove
 OWN_GATES = "gates"
 """Name of the masks that the network's own gates make."""
 _TOLERANCE = 1e-3
+_TURN, _MOST_CALLS = 30.0, 7
+"""A turn of a variant ends after so many milliseconds, or calls."""
 
 Run = Callable[[], Any]
 
@@ -81,7 +84,7 @@ class Comparison:
         variants: In the order they were called.
         left_out: Runtime -> why it is missing.
         threads: Of every variant.
-        rounds: How often each was called.
+        rounds: How often each had its turn.
         input: Its shape.
     """
 
@@ -145,7 +148,7 @@ def compare_latency(
         runtimes: Dense ones; those that are not installed are left out.
         backend: Of `deploy`.
         threads: Of every variant.
-        rounds: How often each variant is called, at most.
+        rounds: How often each variant has its turn, at most.
         seconds: Time for all rounds together, of which there are three at least.
 
     Raises:
@@ -192,7 +195,7 @@ def time_networks(
         images: Of one shape; each is given to deployed networks in turn, as their time depends on
             it, and the first to dense runtimes.
         threads: Of every variant.
-        rounds: How often each is called.
+        rounds: How often each has its turn.
 
     Returns:
         Name -> runtime (`"deployed"`, or a dense one) -> median milliseconds.
@@ -223,7 +226,7 @@ def _in_turn(network: nn.Module, images: Sequence[Tensor]) -> Run:
 
 
 def _time(variants: Mapping[str, _Variant], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each variant's second call, round by round."""
+    """Milliseconds of each variant, round by round: the median of the calls of its turn."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     begin = time.perf_counter()
     for done in range(rounds):
@@ -231,11 +234,18 @@ def _time(variants: Mapping[str, _Variant], rounds: int, seconds: float) -> dict
             break
         for name, variant in variants.items():
             with variant.masks():
-                variant.run()
-                started = time.perf_counter()
-                variant.run()
-                times[name].append(1e3 * (time.perf_counter() - started))
+                times[name].append(_turn(variant.run))
     return times
+
+
+def _turn(run: Run) -> float:
+    run()
+    taken: list[float] = []
+    while len(taken) < _MOST_CALLS and sum(taken) < _TURN:
+        started = time.perf_counter()
+        run()
+        taken.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(taken)
 
 
 def _deployed(
