@@ -458,7 +458,7 @@ PAG_INLINE void find_seen(const pag_plan& plan, const pag_scratch& scratch, cons
 // With hardly any output channels, most of a vector of them would be padding: vectors lie along the
 // input channels instead, and are added up at the end.
 
-constexpr int DOT_PIXELS = 4;  // that share their loads of the weights
+constexpr int DOT_PIXELS = 7;  // at once: they share loads of the weights, and do not wait for sums
 
 // The weights as (out_channels, depth): columns of the packed ones.
 PAG_INLINE void unpack_columns(const pag_plan& plan, float* to) {
@@ -468,24 +468,39 @@ PAG_INLINE void unpack_columns(const pag_plan& plan, float* to) {
     for (int64_t k = 0; k < depth; k++) *to++ = call.weights[k * PAG_NARROW + column];
 }
 
+// Add the products of one vector of channels; `count` of them if WHOLE is false.
+template <bool WHOLE, int PIXELS, int COLUMNS>
+PAG_INLINE void add_dots(const float* const* rows, const float* weights, int64_t depth, int64_t k,
+                         int count, Vector (&sums)[PIXELS][COLUMNS]) {
+  Vector w[COLUMNS];
+  PAG_UNROLL
+  for (int j = 0; j < COLUMNS; j++) {
+    const float* at = weights + j * depth + k;
+    w[j] = WHOLE ? load(at) : load_first(at, count);
+  }
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++) {
+    const Vector x = WHOLE ? load(rows[i] + k) : load_first(rows[i] + k, count);
+    PAG_UNROLL
+    for (int j = 0; j < COLUMNS; j++) sums[i][j] += x * w[j];
+  }
+}
+
 template <int PIXELS, int COLUMNS>
 PAG_INLINE void dot_pixels(const Input& input, const float* const* rows, int step,
                            const float* weights, int64_t depth, Vector* to) {
   Vector sums[PIXELS][COLUMNS] = {};
   for (int segment = 0, source = 0; segment < input.segments; segment++, rows += step) {
-    const int length = input.lengths[source];
+    const int64_t length = input.lengths[source];
     if (++source == input.sources) source = 0;
-    for (int k = 0; k < length; k += LANES) {
-      Vector w[COLUMNS];
-      PAG_UNROLL
-      for (int j = 0; j < COLUMNS; j++) w[j] = load_up_to(weights + j * depth + k, length - k);
-      PAG_UNROLL
-      for (int i = 0; i < PIXELS; i++) {
-        const Vector x = load_up_to(rows[i] + k, length - k);
-        PAG_UNROLL
-        for (int j = 0; j < COLUMNS; j++) sums[i][j] += x * w[j];
-      }
-    }
+    const float* at[PIXELS];
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) at[i] = rows[i];
+    int64_t k = 0;
+    for (; k + LANES <= length; k += LANES)
+      add_dots<true, PIXELS, COLUMNS>(at, weights, depth, k, LANES, sums);
+    if (k < length)
+      add_dots<false, PIXELS, COLUMNS>(at, weights, depth, k, (int)(length - k), sums);
     weights += length;
   }
   PAG_UNROLL
@@ -503,7 +518,9 @@ PAG_OUTLINE void dot_tile(int pixels, const Input& input, const float* weights, 
   for (; i + DOT_PIXELS <= pixels; i += DOT_PIXELS)
     dot_pixels<DOT_PIXELS, COLUMNS>(input, input.rows + i, pixels, weights, depth,
                                     products + i * COLUMNS);
-  for (; i < pixels; i++)
+  for (; i + 2 <= pixels; i += 2)
+    dot_pixels<2, COLUMNS>(input, input.rows + i, pixels, weights, depth, products + i * COLUMNS);
+  if (i < pixels)
     dot_pixels<1, COLUMNS>(input, input.rows + i, pixels, weights, depth, products + i * COLUMNS);
   const int used = pixels * COLUMNS;
   for (i = used; i % LANES; i++) products[i] = Vector{};

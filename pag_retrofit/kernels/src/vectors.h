@@ -82,20 +82,37 @@ PAG_INLINE float sum(Vector v) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
-// The sums of LANES vectors, in order: halves of two are added, then halves of halves.
-PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
-  PAG_UNROLL
-  for (int block = LANES; block > 1; block /= 2) {
-    Integers low, high;
+// Lanes of two vectors whose halves of blocks are to be added, by block size (2^i of them).
+struct Halves {
+  alignas(64) int32_t low[8][LANES], high[8][LANES];
+};
+
+constexpr Halves make_halves() {
+  Halves halves = {};
+  for (int i = 0, block = 1; block <= LANES; i++, block *= 2)
     for (int lane = 0; lane < LANES; lane++) {
       const int at = lane % block, half = block / 2;
-      low[lane] = lane - at + (at < half ? at : at - half + LANES);
-      high[lane] = low[lane] + half;
+      halves.low[i][lane] = lane - at + (at < half ? at : at - half + LANES);
+      halves.high[i][lane] = halves.low[i][lane] + half;
     }
+  return halves;
+}
+
+constexpr Halves HALVES = make_halves();  // worked out in a loop each time, they cost the most
+
+// The sums of LANES vectors, in order: halves of two are added, then halves of halves.
+PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
+  constexpr int STEPS = LANES == 16 ? 4 : LANES == 8 ? 3 : 2;
+  PAG_UNROLL
+  for (int step = STEPS; step > 0; step--) {
+    Integers low, high;
+    memcpy(&low, HALVES.low[step], sizeof low);
+    memcpy(&high, HALVES.high[step], sizeof high);
     PAG_UNROLL
-    for (int i = 0; i < block / 2; i++)
-      v[i] = __builtin_shuffle(v[i], v[i + block / 2], low) +
-             __builtin_shuffle(v[i], v[i + block / 2], high);
+    for (int i = 0; i < 1 << (step - 1); i++) {
+      const Vector other = v[i + (1 << (step - 1))];
+      v[i] = __builtin_shuffle(v[i], other, low) + __builtin_shuffle(v[i], other, high);
+    }
   }
   return v[0];
 }
