@@ -373,6 +373,30 @@ class MaxPool(Step):
 
 
 @dataclass(kw_only=True)
+class Resize(Step):
+    """Bilinear interpolation of a map.
+
+    Args:
+        source: Name of the map, (B, C, H, W).
+        steps: From one pixel of the result to the next, in pixels of the map.
+        aligned: The centres of the first pixels lie on each other.
+    """
+
+    source: str
+    steps: tuple[float, float]
+    aligned: bool
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Interpolate."""
+        out, rows = as_rows(values[self.writes], "BCHW"), as_rows(values[self.source], "BCHW")
+        kernels.resize(out, rows, self.steps, aligned=self.aligned)
+
+
+@dataclass(kw_only=True)
 class Normalize(Step):
     """Layer norm over channels at the demanded pixels.
 

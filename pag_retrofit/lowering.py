@@ -32,6 +32,7 @@ from pag_retrofit.execution import (
     MaxPool,
     Normalize,
     Program,
+    Resize,
     Source,
     Stand,
     Step,
@@ -214,6 +215,9 @@ class _Lowering:
                 self.same[node] = node.args[0]
             elif name in ("to", "_to_copy") and keeps_type(node):
                 self.same[node] = node.args[0]
+            elif name == "upsample_bilinear2d" and node.args[3:] in ((), (None,)):
+                if shape_of(node) == shape_of(node.args[0]):
+                    self.same[node] = node.args[0]
 
     def real(self, node: Node) -> Node:
         """The node whose value a node passes on."""
@@ -729,6 +733,34 @@ class _Lowering:
         self.state.steps += [
             Allocate(writes=node.name, buffer=buffer),
             MaxPool(writes=node.name, source=source.name, window=window),
+        ]
+        self.state.made.add(node)
+        if source in self.not_negative:
+            self.not_negative.add(node)
+        return True
+
+    def _visit_upsample_bilinear2d(self, node: Node) -> bool:
+        source = self.real(node.args[0])
+        before, after = shape_of(source), shape_of(node)
+        if node.meta["val"].dtype is not torch.float32 or len(node.args) < 3:
+            return False
+        aligned, factors = bool(node.args[2]), [*node.args[3:], None][0]
+        if not isinstance(factors, list | tuple | None):
+            return False
+        steps = []
+        for axis in (0, 1):
+            size, wanted = before[2 + axis], after[2 + axis]
+            if aligned:
+                steps.append((size - 1) / (wanted - 1) if wanted > 1 else 0.0)
+            else:
+                steps.append(1 / factors[axis] if factors else size / wanted)
+        self.make(source)
+        buffer = Buffer((after[0], after[2], after[3], after[1]), "BCHW")
+        self.state.steps += [
+            Allocate(writes=node.name, buffer=buffer),
+            Resize(
+                writes=node.name, source=source.name, steps=(steps[0], steps[1]), aligned=aligned
+            ),
         ]
         self.state.made.add(node)
         if source in self.not_negative:

@@ -23,7 +23,7 @@ from user_models import MODELS
 
 import pag_retrofit as pag
 from pag_retrofit.deployment import DeployedNetwork
-from pag_retrofit.execution import Allocate, Call, Convolve, Decide, Memory, Range
+from pag_retrofit.execution import Allocate, Call, Convolve, Decide, Memory, Range, Resize
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
 
@@ -459,6 +459,36 @@ def test_stacked_maps_are_added_one_after_the_other(axis: int) -> None:
         agree(gated, deployed, torch.randn(SHAPE), density, "random")
     names = [str(step.function) for step in steps_of(deployed) if isinstance(step, Call)]
     assert [name for name in names if "sin" not in name] == ["aten.add.Tensor"] * 2
+
+
+class Resized(nn.Module):
+    """Bilinear interpolation to a size, or by factors that are not those of the sizes."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.conv, self.arguments = nn.Conv2d(3, 8, 3, stride=2), arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.conv(x), mode="bilinear", **self.arguments).relu()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("target", [{"size": (40, 50)}, {"scale_factor": (1.7, 2.3)}])
+def test_bilinear_interpolation(target: dict[str, Any], aligned: bool) -> None:
+    gated = gate_all(randomize(Resized({**target, "align_corners": aligned})))
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        agree(gated, deployed, torch.randn(SHAPE), 0.5, "random")
+        assert [isinstance(step, Call) for step in steps_of(deployed)].count(True) == 1  # the ReLU
+
+
+@torch.no_grad()
+def test_interpolation_to_the_same_size_does_nothing() -> None:
+    gated = gate_all(randomize(Resized({"size": (15, 23)})), (1, 3, 32, 48))
+    deployed = pag.deploy(gated)
+    agree(gated, deployed, torch.randn(1, 3, 32, 48), 0.5, "random")
+    assert not any(isinstance(step, Resize) for step in steps_of(deployed))
 
 
 @torch.no_grad()

@@ -617,6 +617,24 @@ class TestWholeMaps:
                 module.max_pool(out, x.permute(0, 2, 3, 1).contiguous(), flat)
                 assert torch.equal(out.permute(0, 3, 1, 2), expected)
 
+    @pytest.mark.parametrize("aligned", [False, True])
+    @pytest.mark.parametrize("size", [(5, 7), (1, 1), (3, 1), (12, 15)])
+    @pytest.mark.parametrize("out_size", [(10, 14), (1, 1), (4, 9), (25, 3)])
+    def test_resize(
+        self, twin: ModuleType, size: tuple[int, int], out_size: tuple[int, int], aligned: bool
+    ) -> None:
+        x = torch.randn(2, *size, 21)[..., 1:20]
+        x, out = x.contiguous(), torch.full((2, *out_size, 19), UNTOUCHED)
+        expected = F.interpolate(
+            x.permute(0, 3, 1, 2), out_size, mode="bilinear", align_corners=aligned
+        ).permute(0, 2, 3, 1)
+        steps = [
+            (n - 1) / max(m - 1, 1) if aligned else n / m
+            for n, m in zip(size, out_size, strict=True)
+        ]
+        twin.resize(out, x, (steps[0], steps[1]), aligned)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
     def test_max_pool_passes_nan_on(self, twin: ModuleType) -> None:
         x = torch.randn(1, 4, 4, 20)
         x[0, 1, 1, 3] = torch.nan

@@ -21,6 +21,7 @@ from pag_retrofit.kernels.perforated import (
     max_pool,
     needed_inputs,
     prefers_winograd,
+    resize,
 )
 from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, recording
 
@@ -51,6 +52,7 @@ __all__ = [
     "record_on",
     "recording",
     "replay",
+    "resize",
     "time_calls",
     "use_instruction_set",
     "using",

@@ -51,15 +51,16 @@ _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
 _POOL = Struct("6i8iPqPq")
+_RESIZING = Struct("6i4fPqPq")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
 KINDS = (
     "skip", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
-    "copy", "max pool", "activation",
+    "copy", "max pool", "activation", "resize",
 )  # of pag_kind  # fmt: skip
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
-_LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE = range(6, 12)
+_LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE, _RESIZE = range(6, 13)
 OPERATIONS = ("and", "or", "not")  # of pag_operation
 _STRUCTURES = {
     _CONVOLVE: _CONVOLUTION,
@@ -73,6 +74,7 @@ _STRUCTURES = {
     _COPY_BYTES: _COPY,
     _MAX_POOL: _POOL,
     _ACTIVATE: _CHANGED,
+    _RESIZE: _RESIZING,
 }
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -351,6 +353,16 @@ def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
         batch, height, width, *out.shape[1:3], channels, *window, *_map(x), *_map(out)
     )
     _call(_MAX_POOL, packed, out, x)
+
+
+def resize(out: Tensor, x: Tensor, steps: tuple[float, float], aligned: bool) -> None:
+    """Bilinear interpolation of `x` (B, H, W, C) into `out` (B, h, w, C); see `kernels.resize`."""
+    batch, height, width, channels = x.shape
+    starts = [0.0 if aligned else 0.5 * step - 0.5 for step in steps]
+    packed = _RESIZING.pack(
+        batch, height, width, *out.shape[1:3], channels, *steps, *starts, *_map(x), *_map(out)
+    )
+    _call(_RESIZE, packed, out, x)
 
 
 def activate(

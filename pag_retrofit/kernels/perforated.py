@@ -381,6 +381,18 @@ def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
     visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
 
 
+def resize(out: Tensor, x: Tensor, steps: tuple[float, float], *, aligned: bool = False) -> None:
+    """Bilinear interpolation of a whole map, as torch does it.
+
+    Args:
+        out: (B, h, w, C).
+        x: (B, H, W, C).
+        steps: From one pixel of `out` to the next, in pixels of `x`, (vertical, horizontal).
+        aligned: The centres of the first pixels lie on each other; default: their corners do.
+    """
+    visible().resize(out, x, steps, aligned)
+
+
 def activate(
     x: Tensor, activation: str, slope: float = 0.01, listed: PixelList | None = None
 ) -> None:

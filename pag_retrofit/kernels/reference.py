@@ -72,6 +72,21 @@ def activate(
     x[where] = activated(x[where], activation, slope)
 
 
+def resize(out: Tensor, x: Tensor, steps: tuple[float, float], aligned: bool) -> None:
+    """Bilinear interpolation of `x` (B, H, W, C) into `out` (B, h, w, C); see `kernels.resize`."""
+    places = []
+    for axis, step in enumerate(steps, 1):
+        at = torch.arange(out.shape[axis]) * step + (0.0 if aligned else 0.5 * step - 0.5)
+        at = at.clamp(0, None)
+        first = at.long().clamp(max=x.shape[axis] - 1)
+        places.append((first, (first + 1).clamp(max=x.shape[axis] - 1), at - first))
+    (top, bottom, down), (left, right, across) = places
+    down, across = down[:, None, None], across[:, None]
+    rows = [x[:, at][:, :, left] * (1 - across) + x[:, at][:, :, right] * across
+            for at in (top, bottom)]  # fmt: skip
+    out.copy_(rows[0] * (1 - down) + rows[1] * down)
+
+
 def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
     """Maximum over the windows of `x` (B, H, W, C), into `out` (B, h, w, C)."""
     kernel, stride, dilation, (top, left) = (window[i : i + 2] for i in range(0, 8, 2))

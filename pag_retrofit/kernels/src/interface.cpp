@@ -539,6 +539,17 @@ int activate(const pag_map* call, int threads) {
   return PAG_OK;
 }
 
+int resize(const pag_resizing* call, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t rows = (int64_t)call->batch * call->out_height;
+  const int64_t operations = 4 * rows * call->out_width * call->channels;
+  const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, operations));
+  share(chunks, (int)chunks, [&](int64_t i) {
+    table.resize(call, rows * i / chunks, rows * (i + 1) / chunks);
+  });
+  return PAG_OK;
+}
+
 int list_pixels(const pag_listing* call, int) {
   kernels().list_pixels(call);
   return PAG_OK;
@@ -619,7 +630,8 @@ int copy(const pag_copy* call, int threads) {
   DO(PAG_COMBINE, pag_combination, combine)        \
   DO(PAG_COPY, pag_copy, copy)                     \
   DO(PAG_POOL, pag_pool, pool)                     \
-  DO(PAG_ACTIVATE, pag_map, activate)
+  DO(PAG_ACTIVATE, pag_map, activate)              \
+  DO(PAG_RESIZE, pag_resizing, resize)
 
 int run(const pag_call& call, int threads) {
 #define PAG_RUN(KIND, STRUCTURE, FUNCTION) \

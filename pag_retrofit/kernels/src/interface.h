@@ -127,6 +127,16 @@ struct pag_pool {
   int64_t out_stride;
 };
 
+// Bilinear interpolation of a whole map: output row y reads the input at y * step[0] + start[0].
+struct pag_resizing {
+  int32_t batch, height, width, out_height, out_width, channels;
+  float step[2], start[2];  // (vertical, horizontal), in input pixels
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
@@ -148,6 +158,7 @@ enum pag_kind {
   PAG_COPY,           // pag_copy
   PAG_POOL,           // pag_pool
   PAG_ACTIVATE,       // pag_map: listed pixels are activated
+  PAG_RESIZE,         // pag_resizing
 };
 
 struct pag_call {

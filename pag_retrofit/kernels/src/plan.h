@@ -85,4 +85,5 @@ struct pag_kernels {
   void (*list_pixels)(const pag_listing*);
   void (*pool)(const pag_pool*, int64_t begin, int64_t end);
   void (*activate)(const pag_map*, int64_t begin, int64_t end);
+  void (*resize)(const pag_resizing*, int64_t begin, int64_t end);
 };

@@ -337,6 +337,48 @@ void pool(const pag_pool* call, int64_t begin, int64_t end) {
   }
 }
 
+// Where an output row (or column) lies between two of the input.
+struct Between {
+  int64_t first, second;
+  float weight;  // of the second
+
+  Between(int64_t at, float step, float start, int64_t size) {
+    float place = at * step + start;
+    if (place < 0) place = 0;
+    first = (int64_t)place;
+    if (first > size - 1) first = size - 1;
+    second = first + 1 < size ? first + 1 : first;
+    weight = place - first;
+  }
+};
+
+// Rows [begin, end) of the output, all images.
+void resize(const pag_resizing* call, int64_t begin, int64_t end) {
+  const int channels = call->channels;
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t image = row / call->out_height;
+    const Between y(row - image * call->out_height, call->step[0], call->start[0], call->height);
+    const int64_t line = call->width * call->in_stride;
+    const float* above = call->in + (image * call->height + y.first) * line;
+    const float* below = call->in + (image * call->height + y.second) * line;
+    float* out = call->out + row * call->out_width * call->out_stride;
+    for (int64_t column = 0; column < call->out_width; column++, out += call->out_stride) {
+      const Between x(column, call->step[1], call->start[1], call->width);
+      const int64_t left = x.first * call->in_stride, right = x.second * call->in_stride;
+      const float down = y.weight, across = x.weight;
+      for (int i = 0; i < channels; i += LANES) {
+        const int count = channels - i;
+        const Vector a = load_up_to(above + left + i, count);
+        const Vector b = load_up_to(above + right + i, count);
+        const Vector c = load_up_to(below + left + i, count);
+        const Vector d = load_up_to(below + right + i, count);
+        const Vector upper = a * (1 - across) + b * across, lower = c * (1 - across) + d * across;
+        store_up_to(out + i, upper * (1 - down) + lower * down, count);
+      }
+    }
+  }
+}
+
 template <class Activation>
 PAG_INLINE void activate_row(float* x, int64_t count, Activation function) {
   for (int64_t i = 0; i < count; i += LANES) {
