@@ -252,7 +252,11 @@ pag_tiling make_tiling(const pag_plan& plan, int tile) {
   find_repeating(call, tiling);
   tiling.patch = (call.channels + PAD - 1) / PAD * PAD + PAD;
   const int64_t bytes = PAG_PARTS * sizeof(float) * (tiling.patch + PAG_PRODUCT);
-  tiling.group = (int32_t)std::clamp<int64_t>(weights_budget() / bytes / tile, 1, 16) * tile;
+  // Weights that outgrow the cache are read anew for every group: larger ones then, though their
+  // patches do not stay cached either.
+  const int64_t weights = sizeof(float) * PAG_PARTS * call.channels * call.out_channels;
+  const int64_t room = weights_budget() * (weights > 4 * weights_budget() ? 4 : 1);
+  tiling.group = (int32_t)std::clamp<int64_t>(room / bytes / tile, 1, 16) * tile;
   tiling.patch_part = tiling.group * tiling.patch + PAD;
   tiling.product_part = tiling.group * PAG_PRODUCT + PAD;
   tiling.patches_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.patch_part);
