@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint sanitize sweep bench latency coverage figures clean
+.PHONY: help setup demo test lint sanitize arm sweep bench latency coverage figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,15 @@ sanitize: $(STAMP)  ## the tests of the kernels under the address and undefined-
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		PAG_RETROFIT_KERNELS="$$(ls $(CURDIR)/build/sanitize/pag_retrofit/kernels/_kernels*.so)" \
 		$(BIN)/python -m pytest tests/test_kernels.py -p no:cacheprovider
+
+ARM := -std=c++17 -O3 -static -pthread -fno-math-errno -fno-trapping-math -fno-signed-zeros \
+	-ffp-contract=fast -fno-tree-vectorize -fno-tree-slp-vectorize -DPAG_INSTRUCTION_SET=portable
+
+arm: $(STAMP)  ## the tests of the kernels on ARM, emulated; g++-aarch64-linux-gnu and qemu-user
+	mkdir -p build/arm
+	aarch64-linux-gnu-g++ $(ARM) -o build/arm/runner tests/runner.cpp pag_retrofit/kernels/src/*.cpp
+	OMP_NUM_THREADS=1 PAG_RETROFIT_RUNNER="qemu-aarch64 $(CURDIR)/build/arm/runner" \
+		$(BIN)/python -m pytest tests/test_kernels.py -k emulated -p no:cacheprovider
 
 sweep: $(STAMP)  ## the long tests over many networks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m sweep

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import COMMAND, emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def _has_library() -> bool:
 needs_library = pytest.mark.skipif(not _has_library(), reason="the kernels were not compiled")
 
 
-IMPLEMENTATIONS = ("reference", *native.INSTRUCTION_SETS)
+IMPLEMENTATIONS = ("reference", *native.INSTRUCTION_SETS, *(["emulated"] if COMMAND else []))
 
 
 @contextmanager
@@ -59,6 +60,10 @@ def using(name: str) -> Iterator[ModuleType]:
     """Plain torch, or the native kernels with one instruction set."""
     if name == "reference":
         yield reference
+        return
+    if name == "emulated":
+        with emulated() as module:
+            yield module
         return
     if not _has_library():
         pytest.skip("the kernels were not compiled")
