@@ -259,17 +259,17 @@ PAG_INLINE void find_segments(const pag_plan& plan, const pag_scratch& scratch, 
   }
 }
 
-// The same of a run that is inside, of sources that are not upsampled.
+// The same of a run that is inside, of sources that are not upsampled; a segment holds some taps.
 PAG_INLINE void find_run_segments(const pag_plan& plan, const pag_scratch& scratch, int pixels,
-                                  const Pixel& p, const float** rows) {
+                                  const Pixel& p, int taps, const float** rows) {
   const pag_convolution& call = *plan.call;
   for (int s = 0; s < call.source_count; s++) {
     const pag_source& source = call.sources[s];
     const float* first = row_of(source, p.image, p.y, p.x);
     const int64_t step = call.stride[1] * source.stride;
-    for (int segment = s; segment < plan.segments; segment += call.source_count)
+    for (int segment = s; segment < plan.segments; segment += taps * call.source_count)
       for (int i = 0; i < pixels; i++)
-        rows[segment * pixels + i] = first + scratch.offsets[segment] + i * step;
+        rows[segment / taps * pixels + i] = first + scratch.offsets[segment] + i * step;
   }
 }
 
@@ -291,16 +291,9 @@ PAG_INLINE TileRows find_rows(const pag_plan& plan, const pag_scratch& scratch, 
   const bool quick = plan.plain && (plan.joined || !plan.gathered);
   if (quick && find_run(plan, begin, pixels, run) && run.inside) {
     tile.joined = plan.joined;
-    if (tile.joined) {
-      const float* first = row_of(call.sources[0], run.first.image, run.first.y, run.first.x);
-      const int64_t step = call.stride[1] * call.sources[0].stride;
-      tile.segments = call.kernel[0];
-      for (int ky = 0; ky < call.kernel[0]; ky++)
-        for (int i = 0; i < pixels; i++)
-          rows[ky * pixels + i] = first + scratch.offsets[ky * call.kernel[1]] + i * step;
-    } else {
-      find_run_segments(plan, scratch, pixels, run.first, rows);
-    }
+    const int taps = tile.joined ? call.kernel[1] : 1;
+    tile.segments = plan.segments / taps;
+    find_run_segments(plan, scratch, pixels, run.first, taps, rows);
     return tile;
   }
   Pixel found[MAX_TILE];
