@@ -137,6 +137,23 @@ def latency_table(results: dict[str, Any], short: bool = False) -> str:
     return "\n".join(lines)
 
 
+def efficiency_table(results: dict[str, Any]) -> str:
+    """Per network: speed-up times compute fraction at each density, and with its own open gates."""
+    densities = ("1", "0.7", "0.5", "0.3", "0.1")
+    lines = [
+        "| network, input, threads, masks | " + " | ".join(densities) + " | own gates, all open |",
+        "|---|" + "---:|" * (len(densities) + 1),
+    ]
+    for run in results["runs"].values():
+        by_name = {v["name"]: v for v in run["variants"]}
+        names = [f"deployed {run['pattern']} {density}" for density in densities]
+        cells = [f"{by_name[name]['efficiency']:.2f}" for name in (*names, "deployed gates")]
+        size = "x".join(map(str, run["input"][2:]))
+        name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}, {run['pattern']}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def trained_table(results: dict[str, Any]) -> str:
     """Networks of the CamVid recipe with the gates that they were trained to have."""
     lines = [
@@ -380,6 +397,7 @@ def _blocks() -> dict[str, dict[str, str]]:
         },
         "docs/deployment.md": {
             "latency-table": times.replace("; [more](docs/deployment.md)", ""),
+            "efficiency-table": efficiency_table(timed),
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),
             "roofline-table": roofline_table(_read("roofline")),
