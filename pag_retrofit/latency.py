@@ -57,7 +57,8 @@ class Latency:
     """What a variant took.
 
     Args:
-        name: Runtime, or `"deployed"` and its masks.
+        name: Runtime, or `"deployed"` and its masks; with its own gates also `"masked"`, the gated
+            network that computes all and masks, and `"reference"`, deployed in plain torch.
         dense: Whether it is a runtime of the original network.
         milliseconds: Median.
         low: First decile, milliseconds.
@@ -251,12 +252,16 @@ def _turn(run: Run) -> float:
 def _deployed(
     gated: nn.Module, x: Tensor, densities: Sequence[float], pattern: str, backend: str
 ) -> Iterator[tuple[str, _Variant, float, float]]:
-    """Name, deployed network, compute fraction and error, per kind of masks."""
+    """Name, variant, compute fraction and error: gated, in plain torch, and per kind of masks."""
     deployed = deploy(gated, backend)
     run = functools.partial(deployed, x.contiguous(memory_format=torch.channels_last))
     with measure(gated) as measured:
         expected = gated.eval()(x)
-    yield f"deployed {OWN_GATES}", _Variant(run), measured.fraction, _difference(run(), expected)
+    fraction = measured.fraction
+    plain = functools.partial(deploy(gated, "reference"), x)
+    yield f"masked {OWN_GATES}", _Variant(functools.partial(gated, x)), fraction, 0.0
+    yield f"reference {OWN_GATES}", _Variant(plain), fraction, _difference(plain(), expected)
+    yield f"deployed {OWN_GATES}", _Variant(run), fraction, _difference(run(), expected)
     for density in densities:
         with override_gates(gated, density, pattern=pattern), measure(gated) as measured:
             expected = gated(x)

@@ -37,7 +37,7 @@ def test_every_variant_is_timed_as_often_and_computes_the_same(gated: nn.Module)
     )
     names = [variant.name for variant in compared.variants]
     assert names == [
-        *("eager", "channels_last"),
+        *("eager", "channels_last", "masked gates", "reference gates"),
         *("deployed gates", "deployed random 1", "deployed random 0.2"),
     ]
     assert compared.rounds == 4
@@ -45,7 +45,7 @@ def test_every_variant_is_timed_as_often_and_computes_the_same(gated: nn.Module)
         assert 0 < variant.low <= variant.milliseconds <= variant.high
         assert variant.error < 1e-4
         assert variant.dense == (variant.name in ("eager", "channels_last"))
-    own, full, sparse = (variant.fraction for variant in compared.variants[2:])
+    own, full, sparse = (variant.fraction for variant in compared.variants[4:])
     assert sparse < full == own
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(compared.to_dict()))["input"] == [1, 3, 32, 32]
@@ -87,7 +87,9 @@ def test_the_command_prints_json_or_a_table(gated: nn.Module, tmp_path: Any) -> 
     done = run("--model", "timm:test_resnet", "--input", "1x3x32x32", "--json", *few)
     assert done.exit_code == 0, done.output
     names = [variant["name"] for variant in json.loads(done.stdout)["variants"]]
-    assert names == ["eager", "deployed gates", "deployed blobs 0.5"]
+    assert names == [
+        *("eager", "masked gates", "reference gates", "deployed gates", "deployed blobs 0.5")
+    ]
     small = pag.ModelSpec("timm", "test_resnet").build().eval()
     saved = pag.retrofit(small, 1.0, example_input=(1, 3, 32, 32))
     pag.save_file(saved, tmp_path / "gated.safetensors")
