@@ -94,7 +94,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, Any]:
 def measure_trained(run: Path, rounds: int) -> dict[str, Any]:
     """Networks of a run of a recipe, with their own gates, on one of its validation images."""
     measured = {}
-    for folder in sorted(run.glob("gated-*")):
+    for folder in sorted(config.parent for config in run.glob("gated-*/config.json")):
         image = evaluation_data(load_recipe(folder / "recipe.yaml"))[SHOWN]["image"]
         compared = compare_latency(
             from_pretrained(folder), image[None], densities=(), threads=1, rounds=rounds
