@@ -395,16 +395,24 @@ int layer_norm(const pag_rows* call, int threads) {
   return PAG_OK;
 }
 
-int interpolate(const pag_map* call, int threads) {
-  const pag_kernels& table = kernels();
+// What changes listed pixels of a map, pixel by pixel.
+int change(const pag_map* call, int threads, void (*function)(const pag_map*, int64_t, int64_t)) {
   const int64_t pixels = (int64_t)call->batch * call->height * call->width;
   const int64_t count = check_list(call->list, pixels);
   if (count < 0) return (int)-count;
   const int64_t chunks = worthwhile(threads, count * call->channels);
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.interpolate(call, count * i / chunks, count * (i + 1) / chunks);
+    function(call, count * i / chunks, count * (i + 1) / chunks);
   });
   return PAG_OK;
+}
+
+int interpolate(const pag_map* call, int threads) {
+  return change(call, threads, kernels().interpolate);
+}
+
+int activate(const pag_map* call, int threads) {
+  return change(call, threads, kernels().activate);
 }
 
 int mean(const pag_rows* call, int threads) {
@@ -527,18 +535,6 @@ int pool(const pag_pool* call, int threads) {
   const int64_t chunks = worthwhile(threads, reads);
   share(chunks, (int)chunks, [&](int64_t i) {
     table.pool(call, pixels * i / chunks, pixels * (i + 1) / chunks);
-  });
-  return PAG_OK;
-}
-
-int activate(const pag_map* call, int threads) {
-  const pag_kernels& table = kernels();
-  const int64_t pixels = (int64_t)call->batch * call->height * call->width;
-  const int64_t count = check_list(call->list, pixels);
-  if (count < 0) return (int)-count;
-  const int64_t chunks = worthwhile(threads, count * call->channels);
-  share(chunks, (int)chunks, [&](int64_t i) {
-    table.activate(call, count * i / chunks, count * (i + 1) / chunks);
   });
   return PAG_OK;
 }
