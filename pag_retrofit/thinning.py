@@ -1,8 +1,8 @@
 """Thinning of the cuts of a map (Guo and Hall 1989), eight at once.
 
 Each pixel is a byte that holds a bit per cut, so that an operation on bytes decides for eight cuts.
-The results are those of `skimage.morphology.thin`, which takes longer: it looks up each neighbourhood
-of one cut in a table.
+The results are those of `skimage.morphology.thin`, which takes longer: it looks up each
+neighbourhood of one cut in a table.
 """
 
 from __future__ import annotations
