@@ -435,6 +435,46 @@ class Normalize(Step):
 
 
 @dataclass(kw_only=True)
+class NormalizeGroups(Step):
+    """Group norm of a whole map, and an activation.
+
+    Args:
+        source: Name of the map, (B, C, H, W).
+        groups: Of channels.
+        weight: (C,), or None.
+        bias: (C,), or None.
+        epsilon: Added to the variance.
+        activation: One of `kernels.ACTIVATIONS`.
+        slope: Of a leaky ReLU.
+    """
+
+    source: str
+    groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+    activation: str
+    slope: float
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Normalise and activate."""
+        kernels.group_norm(
+            as_rows(values[self.writes], "BCHW"),
+            as_rows(values[self.source], "BCHW"),
+            self.groups,
+            weight=self.weight,
+            bias=self.bias,
+            epsilon=self.epsilon,
+            activation=self.activation,
+            slope=self.slope,
+        )
+
+
+@dataclass(kw_only=True)
 class Average(Step):
     """Mean of each channel over pixels.
 

@@ -31,6 +31,7 @@ from pag_retrofit.execution import (
     Interpolate,
     MaxPool,
     Normalize,
+    NormalizeGroups,
     Program,
     Resize,
     Source,
@@ -810,6 +811,40 @@ class _Lowering:
             ),
         ]
         self.state.made.add(node)
+        return True
+
+    def _visit_group_norm(self, node: Node) -> bool:
+        """And the activation of the result, if nothing else reads that."""
+        source, shape = self.real(node.args[0]), shape_of(node)
+        given = [*node.args[2:]]
+        weight, bias, epsilon = given[:3] + [None, None, 1e-5][len(given) :]
+        constants = [None if x is None else self.constant(x) for x in (weight, bias)]
+        known = all((x is None) == (y is None) for x, y in zip((weight, bias), constants, strict=True))
+        if len(shape) != 4 or node.meta["val"].dtype is not torch.float32 or not known:
+            return False
+        readers = self.readers.get(node, [])
+        activation, slope = (activation_of(readers[0]) if len(readers) == 1 else None) or (
+            "none",
+            0.01,
+        )
+        written = node if activation == "none" else readers[0]
+        self.make(source)
+        self.state.steps += [
+            Allocate(writes=written.name, buffer=Buffer((shape[0], *shape[2:], shape[1]), "BCHW")),
+            NormalizeGroups(
+                writes=written.name,
+                source=source.name,
+                groups=int(node.args[1]),
+                weight=constants[0],
+                bias=constants[1],
+                epsilon=float(epsilon),
+                activation=activation,
+                slope=slope,
+            ),
+        ]
+        self.state.made |= {node, written}
+        if activation in _NOT_NEGATIVE:
+            self.not_negative.add(written)
         return True
 
     def make(self, node: Node) -> None:

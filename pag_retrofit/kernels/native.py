@@ -52,15 +52,17 @@ _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
 _POOL = Struct("6i8iPqPq")
 _RESIZING = Struct("6i4fPqPq")
+_GROUPING = Struct("4iPqPq2Pfif")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
 KINDS = (
     "skip", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
-    "copy", "max pool", "activation", "resize",
+    "copy", "max pool", "activation", "resize", "group norm",
 )  # of pag_kind  # fmt: skip
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
 _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE, _RESIZE = range(6, 13)
+_GROUP_NORM = 13
 OPERATIONS = ("and", "or", "not")  # of pag_operation
 _STRUCTURES = {
     _CONVOLVE: _CONVOLUTION,
@@ -75,6 +77,7 @@ _STRUCTURES = {
     _MAX_POOL: _POOL,
     _ACTIVATE: _CHANGED,
     _RESIZE: _RESIZING,
+    _GROUP_NORM: _GROUPING,
 }
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -363,6 +366,26 @@ def resize(out: Tensor, x: Tensor, steps: tuple[float, float], aligned: bool) ->
         batch, height, width, *out.shape[1:3], channels, *steps, *starts, *_map(x), *_map(out)
     )
     _call(_RESIZE, packed, out, x)
+
+
+def group_norm(
+    out: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    activation: str,
+    slope: float,
+) -> None:
+    """Group norm of `x` (B, H, W, C) into `out`, and an activation; see `kernels.group_norm`."""
+    batch, height, width, channels = x.shape
+    packed = _GROUPING.pack(
+        batch, height * width, channels, groups, *_map(x), *_map(out),
+        _address(weight), _address(bias), epsilon, _ACTIVATION_NUMBERS[activation], slope,
+    )  # fmt: skip
+    if _call(_GROUP_NORM, packed, out, x, weight, bias):
+        raise MemoryError(_NO_SCRATCH)
 
 
 def activate(

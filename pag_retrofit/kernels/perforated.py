@@ -393,6 +393,32 @@ def resize(out: Tensor, x: Tensor, steps: tuple[float, float], *, aligned: bool 
     visible().resize(out, x, steps, aligned)
 
 
+def group_norm(
+    out: Tensor,
+    x: Tensor,
+    groups: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+    activation: str = "none",
+    slope: float = 0.01,
+) -> None:
+    """Group norm of a whole map, as torch does it, and an activation.
+
+    Args:
+        out: (B, H, W, C).
+        x: (B, H, W, C).
+        groups: Of channels, a divisor of C; each is normalised over its channels and pixels.
+        weight: (C,); default ones.
+        bias: (C,); default zeros.
+        epsilon: Added to the variance.
+        activation: One of `ACTIVATIONS`, of the result.
+        slope: Of `"leaky_relu"`.
+    """
+    visible().group_norm(out, x, groups, weight, bias, epsilon, activation, slope)
+
+
 def activate(
     x: Tensor, activation: str, slope: float = 0.01, listed: PixelList | None = None
 ) -> None:

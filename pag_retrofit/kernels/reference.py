@@ -113,6 +113,21 @@ def layer_norm(
     out[where] = F.layer_norm(x[where], (channels,), weight, bias, epsilon)
 
 
+def group_norm(
+    out: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    activation: str,
+    slope: float,
+) -> None:
+    """Group norm of `x` (B, H, W, C) into `out`, and an activation; see `kernels.group_norm`."""
+    normed = F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, epsilon)
+    out.copy_(activated(normed.permute(0, 2, 3, 1), activation, slope))
+
+
 def interpolate(
     x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
 ) -> None:

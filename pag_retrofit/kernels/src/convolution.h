@@ -446,6 +446,70 @@ PAG_INLINE void find_seen(const pag_plan& plan, const pag_scratch& scratch, cons
   }
 }
 
+// --- one tap of few channels -------------------------------------------------------------------
+//
+// Finding each pixel's input would take as long as multiplying it. Where the pixels of a tile lie
+// side by side, so do their inputs, and one address leads to all of them.
+
+template <int PIXELS, int WIDTH>
+PAG_OUTLINE void multiply_strip(const float* in, int64_t step, int channels, const float* weights,
+                                const Epilogue& e, int column, int columns) {
+  constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
+  constexpr int SHARING = 3;  // pixels that one register leads to: at 0, 1 and 2 steps from it
+  Vector sums[PIXELS][COUNT];
+  Vector start[COUNT] = {};
+  if (e.bias)
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++)
+      start[j] = j * LANES < columns
+                     ? load_up_to(e.bias + column + j * LANES, columns - j * LANES)
+                     : Vector{};
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++)
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
+  const float* at[(PIXELS + SHARING - 1) / SHARING];
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i += SHARING) at[i / SHARING] = in + i * step;
+  for (int k = 0; k < channels; k++, weights += WIDTH) {
+    Vector w[COUNT];
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) {
+      Vector x = broadcast(at[i / SHARING][i % SHARING * step]);
+      PAG_UNROLL
+      for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
+    }
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i += SHARING) at[i / SHARING]++;
+  }
+  finish_tile<PIXELS, COUNT>(e, sums, column, columns);
+}
+
+template <int WIDTH>
+PAG_INLINE void multiply_strips(const float* in, int64_t step, const pag_block& block,
+                                const Epilogue& e) {
+  constexpr int STEP = VECTORS * LANES;
+  for (int at = 0; at < block.columns; at += STEP)
+    multiply_strip<TILE, WIDTH>(in, step, block.channels, block.weights + at, e, block.column + at,
+                                block.columns - at < STEP ? block.columns - at : STEP);
+}
+
+// The input of the first of TILE pixels side by side, or null: there are fewer from there on.
+PAG_INLINE const float* find_strip(const pag_plan& plan, int64_t begin, int64_t end) {
+  const pag_convolution& call = *plan.call;
+  if (end - begin < TILE) return nullptr;
+  const int32_t first = index_at(call.list, begin);
+  if (index_at(call.list, begin + TILE - 1) != first + TILE - 1) return nullptr;
+  if (plan.pointwise) return call.sources[0].data + first * call.sources[0].stride;
+  const Pixel p = pixel_at(plan, begin);
+  const int32_t last = p.x + (TILE - 1) * call.stride[1];
+  if (last >= call.out_width * call.stride[1] - call.padding[1]) return nullptr;
+  const bool inside = (uint32_t)p.y < (uint32_t)call.height && p.x >= 0 && last < call.width;
+  return inside ? row_of(call.sources[0], p.image, p.y, p.x) : nullptr;
+}
+
 // --- few output channels -----------------------------------------------------------------------
 //
 // With hardly any output channels, most of a vector of them would be padding: vectors lie along the
@@ -671,57 +735,168 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
   }
 }
 
+// --- depthwise, one tap ------------------------------------------------------------------------
+//
+// Each pixel is one of the input, scaled: hardly more than a copy.
+
+constexpr int SCALED_PIXELS = 64;  // of a row, before the next channels
+
+PAG_INLINE bool only_scales(const pag_plan& plan) {
+  const pag_convolution& call = *plan.call;
+  const int32_t last_y = (call.out_height - 1) * call.stride[0] - call.padding[0];
+  const int32_t last_x = (call.out_width - 1) * call.stride[1] - call.padding[1];
+  return plan.taps == 1 && !call.scale && !call.residual && call.padding[0] <= 0 &&
+         call.padding[1] <= 0 && last_y < call.height && last_x < call.width;
+}
+
+// Pixels side by side, `count` channels from the last of COUNT vectors on.
+template <int COUNT, class Activation>
+PAG_INLINE void scale_run(const pag_plan& plan, const Pixel& first, int pixels, int channel,
+                          int count, Activation activate) {
+  const pag_convolution& call = *plan.call;
+  const pag_source& source = call.sources[0];
+  const int last = (COUNT - 1) * LANES, rest = count - last;
+  Vector w[COUNT], b[COUNT];
+  PAG_UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    const int at = channel + j * LANES, left = j < COUNT - 1 ? LANES : rest;
+    w[j] = load_up_to(call.weights + at, left);
+    b[j] = call.bias ? load_up_to(call.bias + at, left) : Vector{};
+  }
+  const float* line = row_of(source, first.image, first.y, 0) + channel;
+  float* out = call.out + first.index * call.out_stride + channel;
+  int32_t x = first.x;
+  for (int i = 0; i < pixels; i++, x += call.stride[1], out += call.out_stride) {
+    const float* in = line + (x >> source.shift) * source.stride;
+    PAG_UNROLL
+    for (int j = 0; j < COUNT - 1; j++)
+      store(out + j * LANES, activate(load(in + j * LANES) * w[j] + b[j]));
+    store_up_to(out + last, activate(load_up_to(in + last, rest) * w[COUNT - 1] + b[COUNT - 1]), rest);
+  }
+}
+
+void scale_pixels(const pag_plan& plan, int64_t begin, int64_t end) {
+  const pag_convolution& call = *plan.call;
+  const int32_t edge = call.out_width * call.stride[1] - call.padding[1];
+  with_activation(call.activation, call.slope, [&](auto activate) PAG_LAMBDA {
+    while (begin < end) {
+      const Pixel first = pixel_at(plan, begin);
+      int pixels = 1;
+      while (pixels < SCALED_PIXELS && begin + pixels < end &&
+             first.x + pixels * call.stride[1] < edge &&
+             index_at(call.list, begin + pixels) == first.index + pixels)
+        pixels++;
+      int channel = 0;
+      for (; channel + 2 * LANES < call.channels; channel += 2 * LANES)
+        scale_run<2>(plan, first, pixels, channel, 2 * LANES, activate);
+      if (channel + LANES < call.channels)
+        scale_run<2>(plan, first, pixels, channel, call.channels - channel, activate);
+      else
+        scale_run<1>(plan, first, pixels, channel, call.channels - channel, activate);
+      begin += pixels;
+    }
+  });
+}
+
+// What all tiles of one call share.
+struct Multiplication {
+  const pag_plan& plan;
+  const pag_scratch& scratch;
+  int32_t blocks;
+  int32_t lengths[PAG_MAX_SOURCES];
+  int32_t joined_length, depth;
+  const float* gathered[MAX_TILE];
+  Epilogue epilogue;
+
+  Multiplication(const pag_plan& plan, const pag_scratch& scratch, int32_t block_begin,
+                 int32_t block_end)
+      : plan(plan), scratch(scratch), blocks(block_end - block_begin) {
+    const pag_convolution& call = *plan.call;
+    depth = plan.taps * call.channels;
+    joined_length = call.kernel[1] * call.channels;
+    for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
+    for (int i = 0; i < plan.tile; i++) gathered[i] = scratch.panel + (int64_t)i * depth;
+    for (int32_t index = 0; index < blocks; index++)
+      scratch.blocks[index] = block_at(plan, block_begin + index);
+    if (plan.dot) unpack_columns(plan, scratch.columns);
+    start_epilogue(call, epilogue);
+  }
+
+  // The tile of the pixels at [begin, end) of the list.
+  PAG_INLINE void multiply(int64_t begin, int64_t end) {
+    const pag_convolution& call = *plan.call;
+    aim_epilogue(plan, begin, (int)(end - begin), epilogue);
+    const TileRows rows = find_rows(plan, scratch, begin, end);
+    Input input = {scratch.rows, rows.segments, call.source_count, lengths, 0};
+    if (rows.joined) input.lengths = &joined_length;
+    if (rows.gathered) {
+      for (int i = 0; i < rows.pixels; i++)
+        gather_pixel(plan, scratch, begin + i, scratch.panel + (int64_t)i * depth);
+      input = {gathered, 1, 1, &depth, 0};
+    }
+    if (plan.dot) return dot(call.out_channels, rows.pixels, input, scratch.columns, depth, epilogue);
+    for (int32_t index = 0; index < blocks; index++) {
+      const pag_block& block = scratch.blocks[index];
+      if (call.groups > 1) {
+        input.offset = block.channel;
+        input.lengths = &block.channels;
+      }
+      multiply_block(rows.pixels, input, block, epilogue);
+    }
+  }
+
+  // The same with as few output channels as pixels beside each other share input; false: they don't.
+  PAG_INLINE bool multiply_as_run(int64_t begin, int64_t end) {
+    Run run;
+    const int pixels = (int)(end - begin);
+    if (!find_run(plan, begin, pixels, run)) return false;
+    aim_epilogue(plan, begin, pixels, epilogue);
+    find_seen(plan, scratch, run.first, pixels);
+    multiply_runs<TILE>(pixels, plan, scratch.rows, epilogue);
+    return true;
+  }
+
+  // TILE pixels of one tap from `begin` on; false: they do not lie side by side.
+  PAG_INLINE bool multiply_as_strip(int64_t begin, int64_t end) {
+    const pag_convolution& call = *plan.call;
+    const float* in = find_strip(plan, begin, end);
+    if (!in) return false;
+    aim_epilogue(plan, begin, TILE, epilogue);
+    const int64_t step = call.stride[1] * call.sources[0].stride;
+    for (int32_t index = 0; index < blocks; index++) {
+      const pag_block& block = scratch.blocks[index];
+      if (block.width == 32)
+        multiply_strips<32>(in, step, block, epilogue);
+      else
+        multiply_strips<16>(in, step, block, epilogue);
+    }
+    return true;
+  }
+};
+
 // Blocks [block_begin, block_end) of output channels at tiles [tile_begin, tile_end) of pixels.
 void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t block_begin,
                  int32_t block_end, int64_t tile_begin, int64_t tile_end) {
   const pag_plan& plan = *shared;
-  const pag_convolution& call = *plan.call;
+  if (plan.depthwise && only_scales(plan))
+    return scale_pixels(plan, tile_start(plan, tile_begin), tile_start(plan, tile_end));
   if (plan.depthwise) {
     for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_GROUP)
       depthwise(plan, *scratch, at,
                 at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
     return;
   }
-  const int depth = plan.taps * call.channels, joined_length = call.kernel[1] * call.channels;
-  int32_t lengths[PAG_MAX_SOURCES];
-  for (int s = 0; s < call.source_count; s++) lengths[s] = call.sources[s].channels;
-  const float* gathered[MAX_TILE];
-  for (int i = 0; i < plan.tile; i++) gathered[i] = scratch->panel + (int64_t)i * depth;
-  for (int32_t index = block_begin; index < block_end; index++)
-    scratch->blocks[index - block_begin] = block_at(plan, index);
+  Multiplication tiles(plan, *scratch, block_begin, block_end);
+  if (plan.thin) {
+    const int64_t end = tile_start(plan, tile_end);
+    for (int64_t at = tile_start(plan, tile_begin); at < end; at += TILE)
+      if (!tiles.multiply_as_strip(at, end)) tiles.multiply(at, at + TILE < end ? at + TILE : end);
+    return;
+  }
   const bool runs = takes_runs(plan) && !plan.dot;
-  if (plan.dot) unpack_columns(plan, scratch->columns);
-  Epilogue e;
-  start_epilogue(call, e);
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
     const int64_t begin = tile_start(plan, tile), end = tile_start(plan, tile + 1);
-    aim_epilogue(plan, begin, (int)(end - begin), e);
-    Run run;
-    if (runs && find_run(plan, begin, (int)(end - begin), run)) {
-      find_seen(plan, *scratch, run.first, (int)(end - begin));
-      multiply_runs<TILE>((int)(end - begin), plan, scratch->rows, e);
-      continue;
-    }
-    const TileRows rows = find_rows(plan, *scratch, begin, end);
-    Input input = {scratch->rows, rows.segments, call.source_count, lengths, 0};
-    if (rows.joined) input.lengths = &joined_length;
-    if (rows.gathered) {
-      for (int i = 0; i < rows.pixels; i++)
-        gather_pixel(plan, *scratch, begin + i, scratch->panel + (int64_t)i * depth);
-      input = {gathered, 1, 1, &depth, 0};
-    }
-    if (plan.dot) {
-      dot(call.out_channels, rows.pixels, input, scratch->columns, depth, e);
-      continue;
-    }
-    for (int32_t index = 0; index < block_end - block_begin; index++) {
-      const pag_block& block = scratch->blocks[index];
-      if (call.groups > 1) {
-        input.offset = block.channel;
-        input.lengths = &block.channels;
-      }
-      multiply_block(rows.pixels, input, block, e);
-    }
+    if (!runs || !tiles.multiply_as_run(begin, end)) tiles.multiply(begin, end);
   }
 }
 

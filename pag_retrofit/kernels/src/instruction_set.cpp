@@ -10,5 +10,5 @@
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
     PAG_NAME(PAG_INSTRUCTION_SET), TILE, DEPTHWISE_TILE, convolution, winograd, layer_norm, mean,
-    interpolate, decide, list_pixels, pool, activate, resize,
+    interpolate, decide, list_pixels, pool, activate, resize, moments, rescale,
 };

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <functional>
 #include <new>
 #include <thread>
@@ -146,6 +147,13 @@ int64_t check_list(const pag_list& list, int64_t pixels) {
   return outside ? -PAG_BAD_INDEX : count;
 }
 
+bool is_ascending(const pag_list& list, int64_t count) {
+  if (!list.pixels) return true;
+  bool falls = false;
+  for (int64_t i = 1; i < count; i++) falls |= list.pixels[i] <= list.pixels[i - 1];
+  return !falls;
+}
+
 bool is_pointwise(const pag_convolution& call) {
   bool result = call.kernel[0] * call.kernel[1] == 1 && !call.padding[0] && !call.padding[1] &&
                 call.stride[0] * call.stride[1] == 1 && call.height == call.out_height &&
@@ -157,6 +165,7 @@ bool is_pointwise(const pag_convolution& call) {
 
 pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
+  constexpr int THIN_CHANNELS = 64;
   // Dot products: with these many input channels, and pixels to unpack the weights for.
   constexpr int FEW_OUT_CHANNELS = 4, LEAST_CHANNELS = 16, LEAST_PIXELS = 64;
   pag_plan plan = {};
@@ -196,6 +205,10 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
     plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
   plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= FEW_OUT_CHANNELS &&
              call.channels >= LEAST_CHANNELS && pixels >= LEAST_PIXELS;
+  plan.ascending = is_ascending(call.list, pixels);
+  plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
+              plan.ascending && !plan.gathered && !plan.dot && !call.winograd && !call.scale &&
+              call.channels <= THIN_CHANNELS;
   if (plan.dot)
     plan.columns_bytes =
         whole_lines(sizeof(float) * plan.taps * call.channels * call.out_channels);
@@ -530,11 +543,11 @@ int decide(const pag_gate* call, int threads) {
 
 int pool(const pag_pool* call, int threads) {
   const pag_kernels& table = kernels();
-  const int64_t pixels = (int64_t)call->batch * call->out_height * call->out_width;
-  const int64_t reads = pixels * call->channels * call->kernel[0] * call->kernel[1];
-  const int64_t chunks = worthwhile(threads, reads);
+  const int64_t rows = (int64_t)call->batch * call->out_height;
+  const int64_t reads = rows * call->out_width * call->channels * call->kernel[0] * call->kernel[1];
+  const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, reads));
   share(chunks, (int)chunks, [&](int64_t i) {
-    table.pool(call, pixels * i / chunks, pixels * (i + 1) / chunks);
+    table.pool(call, rows * i / chunks, rows * (i + 1) / chunks);
   });
   return PAG_OK;
 }
@@ -547,6 +560,52 @@ int resize(const pag_resizing* call, int threads) {
   share(chunks, (int)chunks, [&](int64_t i) {
     table.resize(call, rows * i / chunks, rows * (i + 1) / chunks);
   });
+  return PAG_OK;
+}
+
+// From sums over channels to a factor and a summand of each.
+void combine_groups(const pag_grouping& call, int32_t image, const double* sums,
+                    const double* squares, float* scales, float* shifts) {
+  const int32_t size = call.channels / call.groups;
+  const float* first = call.in + (int64_t)image * call.pixels * call.in_stride;
+  const double pixels = call.pixels;
+  for (int32_t begin = 0; begin < call.channels; begin += size) {
+    double mean = 0, squared = 0;
+    for (int32_t c = begin; c < begin + size; c++) mean += (first[c] + sums[c] / pixels) / size;
+    for (int32_t c = begin; c < begin + size; c++) {
+      const double off = first[c] + sums[c] / pixels - mean;
+      squared += squares[c] / pixels - sums[c] / pixels * (sums[c] / pixels) + off * off;
+    }
+    const double scale = 1 / std::sqrt(std::max(squared / size, 0.0) + call.epsilon);
+    for (int32_t c = begin; c < begin + size; c++) {
+      const double factor = call.weight ? scale * call.weight[c] : scale;
+      scales[c] = (float)factor;
+      shifts[c] = (float)((call.bias ? call.bias[c] : 0) - mean * factor);
+    }
+  }
+}
+
+int group_norm(const pag_grouping* call, int threads) {
+  constexpr int32_t CHANNELS = 64;  // of one share
+  const pag_kernels& table = kernels();
+  const int32_t channels = call->channels;
+  double* sums = reinterpret_cast<double*>(
+      thread_tiles.at_least(whole_lines(2 * channels * (sizeof(double) + sizeof(float)))));
+  if (!sums) return PAG_NO_MEMORY;
+  double* squares = sums + channels;
+  float *scales = reinterpret_cast<float*>(squares + channels), *shifts = scales + channels;
+  const int64_t pixels = call->pixels, parts = (channels + CHANNELS - 1) / CHANNELS;
+  const int64_t chunks = std::min<int64_t>(pixels, worthwhile(threads, pixels * channels));
+  for (int32_t image = 0; image < call->batch; image++) {
+    share(parts, (int)chunks, [&](int64_t i) {
+      const int32_t begin = (int32_t)i * CHANNELS;
+      table.moments(call, image, begin, std::min(begin + CHANNELS, channels), sums, squares);
+    });
+    combine_groups(*call, image, sums, squares, scales, shifts);
+    share(chunks, (int)chunks, [&](int64_t i) {
+      table.rescale(call, image, scales, shifts, pixels * i / chunks, pixels * (i + 1) / chunks);
+    });
+  }
   return PAG_OK;
 }
 
@@ -631,7 +690,8 @@ int copy(const pag_copy* call, int threads) {
   DO(PAG_COPY, pag_copy, copy)                     \
   DO(PAG_POOL, pag_pool, pool)                     \
   DO(PAG_ACTIVATE, pag_map, activate)              \
-  DO(PAG_RESIZE, pag_resizing, resize)
+  DO(PAG_RESIZE, pag_resizing, resize)             \
+  DO(PAG_GROUP_NORM, pag_grouping, group_norm)
 
 int run(const pag_call& call, int threads) {
 #define PAG_RUN(KIND, STRUCTURE, FUNCTION) \

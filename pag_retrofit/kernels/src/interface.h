@@ -137,6 +137,20 @@ struct pag_resizing {
   int64_t out_stride;
 };
 
+// Group norm of a whole map, and an activation of the result.
+struct pag_grouping {
+  int32_t batch, pixels, channels, groups;
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+  const float* weight;  // (channels) or null
+  const float* bias;    // (channels) or null
+  float epsilon;
+  int32_t activation;
+  float slope;  // of PAG_LEAKY_RELU
+};
+
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
@@ -159,6 +173,7 @@ enum pag_kind {
   PAG_POOL,           // pag_pool
   PAG_ACTIVATE,       // pag_map: listed pixels are activated
   PAG_RESIZE,         // pag_resizing
+  PAG_GROUP_NORM,     // pag_grouping
 };
 
 struct pag_call {

@@ -24,6 +24,8 @@ struct pag_plan {
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
   bool dot;        // few output channels: vectors lie along the input channels
+  bool ascending;  // each listed pixel comes after the one before
+  bool thin;       // one tap of few channels: finding a pixel costs as much as multiplying it
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
   int64_t columns_bytes;
 };
@@ -86,4 +88,8 @@ struct pag_kernels {
   void (*pool)(const pag_pool*, int64_t begin, int64_t end);
   void (*activate)(const pag_map*, int64_t begin, int64_t end);
   void (*resize)(const pag_resizing*, int64_t begin, int64_t end);
+  void (*moments)(const pag_grouping*, int32_t image, int32_t channel_begin, int32_t channel_end,
+                  double* sums, double* squares);
+  void (*rescale)(const pag_grouping*, int32_t image, const float* scales, const float* shifts,
+                  int64_t begin, int64_t end);
 };

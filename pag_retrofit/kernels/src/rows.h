@@ -57,6 +57,59 @@ void layer_norm(const pag_rows* call, int64_t begin, int64_t end) {
   }
 }
 
+// Sums of x - s, and of their squares, over an image's pixels: s is the first pixel's value, so that
+// little is lost where values are large and alike.
+void moments(const pag_grouping* call, int32_t image, int32_t channel_begin, int32_t channel_end,
+             double* sums, double* squares) {
+  constexpr int64_t LONGEST = 256;  // rows summed before they join the total: keeps rounding small
+  for (int32_t c = channel_begin; c < channel_end; c += WAYS * LANES) {
+    const int width = channel_end - c;
+    const float* in = call->in + (int64_t)image * call->pixels * call->in_stride + c;
+    Vector first[WAYS];
+    PAG_UNROLL
+    for (int j = 0; j < WAYS; j++)
+      first[j] = width > j * LANES ? load_up_to(in + j * LANES, width - j * LANES) : Vector{};
+    for (int i = 0; i < width && i < WAYS * LANES; i++) sums[c + i] = squares[c + i] = 0;
+    for (int64_t begin = 0; begin < call->pixels; begin += LONGEST) {
+      const int64_t left = call->pixels - begin, count = left < LONGEST ? left : LONGEST;
+      Vector sum[WAYS] = {}, square[WAYS] = {};
+      for (int64_t i = 0; i < count; i++, in += call->in_stride)
+        PAG_UNROLL
+        for (int j = 0; j < WAYS; j++)
+          if (width > j * LANES) {
+            const Vector v = load_up_to(in + j * LANES, width - j * LANES) - first[j];
+            sum[j] += v;
+            square[j] += v * v;
+          }
+      float parts[2][WAYS * LANES];
+      PAG_UNROLL
+      for (int j = 0; j < WAYS; j++) {
+        store(parts[0] + j * LANES, sum[j]);
+        store(parts[1] + j * LANES, square[j]);
+      }
+      for (int i = 0; i < width && i < WAYS * LANES; i++) {
+        sums[c + i] += parts[0][i];
+        squares[c + i] += parts[1][i];
+      }
+    }
+  }
+}
+
+// Pixels [begin, end) of an image: x * scale + shift, activated.
+void rescale(const pag_grouping* call, int32_t image, const float* scales, const float* shifts,
+             int64_t begin, int64_t end) {
+  const float* in = call->in + ((int64_t)image * call->pixels + begin) * call->in_stride;
+  float* out = call->out + ((int64_t)image * call->pixels + begin) * call->out_stride;
+  with_activation(call->activation, call->slope, [&](auto activate) PAG_LAMBDA {
+    for (int64_t i = begin; i < end; i++, in += call->in_stride, out += call->out_stride)
+      for (int c = 0; c < call->channels; c += LANES) {
+        const int left = call->channels - c;
+        const Vector y = load_up_to(in + c, left) * load_up_to(scales + c, left);
+        store_up_to(out + c, activate(y + load_up_to(shifts + c, left)), left);
+      }
+  });
+}
+
 // Add sums to a row and clear them.
 PAG_INLINE void flush(float* row, Vector (&sums)[WAYS], int channels) {
   PAG_UNROLL
@@ -301,38 +354,62 @@ void list_pixels(const pag_listing* call) {
   *call->found = (int32_t)count;
 }
 
-// Output pixels [begin, end), all images. A NaN in a window wins, as in torch.
-void pool(const pag_pool* call, int64_t begin, int64_t end) {
-  const int channels = call->channels;
-  for (int64_t pixel = begin; pixel < end; pixel++) {
-    const int64_t line = pixel / call->out_width, image = line / call->out_height;
-    const int64_t top = (line - image * call->out_height) * call->stride[0] - call->padding[0];
-    const int64_t left = (pixel - line * call->out_width) * call->stride[1] - call->padding[1];
-    float* out = call->out + pixel * call->out_stride;
-    for (int c = 0; c < channels; c += WAYS * LANES) {
-      Vector best[WAYS];
+// The maxima over a window whose first pixel inside is at `in`; a NaN wins, as in torch.
+template <int COUNT>
+PAG_INLINE void pool_window(const float* in, int64_t line, int64_t step, int rows, int columns,
+                            float* out, int rest) {
+  Vector best[COUNT];
+  PAG_UNROLL
+  for (int j = 0; j < COUNT; j++) best[j] = broadcast(-INFINITY);
+  for (int y = 0; y < rows; y++, in += line) {
+    const float* at = in;
+    for (int x = 0; x < columns; x++, at += step) {
       PAG_UNROLL
-      for (int j = 0; j < WAYS; j++) best[j] = broadcast(-INFINITY);
-      for (int64_t ky = 0; ky < call->kernel[0]; ky++) {
-        const int64_t y = top + ky * call->dilation[0];
-        if (y < 0 || y >= call->height) continue;
-        for (int64_t kx = 0; kx < call->kernel[1]; kx++) {
-          const int64_t x = left + kx * call->dilation[1];
-          if (x < 0 || x >= call->width) continue;
-          const float* in =
-              call->in + ((image * call->height + y) * call->width + x) * call->in_stride + c;
-          PAG_UNROLL
-          for (int j = 0; j < WAYS; j++)
-            if (c + j * LANES < channels) {
-              const Vector v = load_up_to(in + j * LANES, channels - c - j * LANES);
-              best[j] = v <= best[j] ? best[j] : v;  // false for a NaN
-            }
-        }
+      for (int j = 0; j < COUNT; j++) {
+        const Vector v = j < COUNT - 1 ? load(at + j * LANES) : load_up_to(at + j * LANES, rest);
+        best[j] = v <= best[j] ? best[j] : v;  // false for a NaN
       }
-      PAG_UNROLL
-      for (int j = 0; j < WAYS; j++)
-        if (c + j * LANES < channels)
-          store_up_to(out + c + j * LANES, best[j], channels - c - j * LANES);
+    }
+  }
+  PAG_UNROLL
+  for (int j = 0; j < COUNT - 1; j++) store(out + j * LANES, best[j]);
+  store_up_to(out + (COUNT - 1) * LANES, best[COUNT - 1], rest);
+}
+
+// The taps of a window that are inside along one axis.
+struct Inside {
+  int first, count;  // first: in the input
+
+  Inside(int64_t start, int kernel, int dilation, int size) {
+    const int64_t before = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    const int64_t until = start < size ? (size - start + dilation - 1) / dilation : 0;
+    const int64_t taps = (until < kernel ? until : kernel) - before;
+    first = (int)(start + before * dilation);
+    count = taps > 0 ? (int)taps : 0;
+  }
+};
+
+// Rows [begin, end) of the output, all images.
+void pool(const pag_pool* call, int64_t begin, int64_t end) {
+  constexpr int STEP = WAYS * LANES;
+  const int64_t line = call->width * call->in_stride, step = call->dilation[1] * call->in_stride;
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t image = row / call->out_height;
+    const int64_t top = row % call->out_height * call->stride[0] - call->padding[0];
+    const Inside y(top, call->kernel[0], call->dilation[0], call->height);
+    const float* lines = call->in + (image * call->height + y.first) * line;
+    float* out = call->out + row * call->out_width * call->out_stride;
+    for (int64_t x = 0; x < call->out_width; x++, out += call->out_stride) {
+      const Inside columns(x * call->stride[1] - call->padding[1], call->kernel[1],
+                           call->dilation[1], call->width);
+      const float* in = lines + columns.first * call->in_stride;
+      int c = 0;
+      for (; c + STEP <= call->channels; c += STEP)
+        pool_window<WAYS>(in + c, call->dilation[0] * line, step, y.count, columns.count, out + c,
+                          LANES);
+      for (; c < call->channels; c += LANES)
+        pool_window<1>(in + c, call->dilation[0] * line, step, y.count, columns.count, out + c,
+                       call->channels - c);
     }
   }
 }
