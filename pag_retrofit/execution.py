@@ -7,9 +7,13 @@ channels last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all o
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import mmap
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +30,8 @@ from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _MOST_MADE_UP = 16
+_LARGE = 1 << 15  # floats of a result
+_MOST_FREE = 2  # the last result is often still there while the next one is computed
 _LINE = 16  # floats of a cache line
 
 
@@ -87,22 +93,54 @@ def _whole_lines(floats: int) -> int:
     return max(1, -(-floats // _LINE)) * _LINE
 
 
+class ResultMemory:
+    """Memory of a result, handed out anew once nobody looks at an earlier result in it any more.
+
+    To allocate large results each time costs a page fault every few kilobytes.
+
+    Args:
+        floats: Of the result.
+    """
+
+    def __init__(self, floats: int):
+        """Nothing is there yet."""
+        self._floats = floats
+        self._free: deque[mmap.mmap] = deque(maxlen=_MOST_FREE)
+
+    def take(self) -> Tensor:
+        """Flat memory, uninitialised; given back when the last tensor that looks into it goes."""
+        if self._floats < _LARGE:
+            return torch.empty(self._floats)
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = mmap.mmap(-1, self._floats * torch.float32.itemsize)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                block.madvise(mmap.MADV_HUGEPAGE)
+        lease = (ctypes.c_float * self._floats).from_buffer(block)  # kept by the tensor's storage
+        weakref.finalize(lease, self._free.append, block).atexit = False
+        return torch.frombuffer(lease, dtype=torch.float32)
+
+
 class Values(dict[str, Any]):
     """The values of one forward pass by name, and the memory behind them.
 
     Args:
         start: Inputs and constants.
         memory: Where maps take their memory from.
+        apart: Names of maps that have memory of their own.
     """
 
-    def __init__(self, start: Mapping[str, Any], memory: Memory):
+    def __init__(self, start: Mapping[str, Any], memory: Memory, apart: Collection[str]):
         """Start with what is there."""
         super().__init__(start)
-        self.memory = memory
+        self.memory, self.apart = memory, apart
         self.taken: dict[str, Range] = {}
 
     def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         """Memory for a map, as rows (B, H, W, C)."""
+        if name in self.apart:
+            return kernels.backend().empty(math.prod(shape)).view(*shape)
         flat, self.taken[name] = self.memory.take(math.prod(shape))
         return flat.view(*shape)
 
@@ -822,25 +860,47 @@ def _is_value(x: Any) -> bool:
 
 
 class _Recording:
-    """A forward pass whose inputs, maps and results stay where they are.
+    """A forward pass whose inputs and maps stay where they are.
 
     Args:
         steps: Called with inputs, gives the results.
         arguments: Inputs.
+        apart: Which of the results kernels write, into memory of their own. The others are copied.
     """
 
-    def __init__(self, steps: Callable[[Sequence[Any]], list[Any]], arguments: Sequence[Any]):
+    def __init__(
+        self,
+        steps: Callable[[Sequence[Any]], list[Any]],
+        arguments: Sequence[Any],
+        apart: Collection[int],
+    ):
         """Pass forward, and record that."""
         self._inputs = [_own_copy(x) for x in arguments]
         self._tape = kernels.Tape()
         self._seen = (-1, -1)  # nothing: the first replay has to be prepared
         with kernels.record_on(self._tape):
-            self.results = steps(self._inputs)
+            self._results = steps(self._inputs)
+        self._apart = {
+            index: (ResultMemory(x.numel()), self._tape.pointers_into(x))
+            for index, x in enumerate(self._results)
+            if index in apart
+        }
+
+    def results(self) -> list[Any]:
+        """Those of the last pass; no later one changes them."""
+        return [
+            x.clone() if isinstance(x, Tensor) and index not in self._apart else x
+            for index, x in enumerate(self._results)
+        ]
 
     def repeat(self, arguments: Sequence[Any]) -> None:
         """Pass forward with other inputs."""
         for held, new in zip(self._inputs, arguments, strict=True):
             held.copy_(new)
+        for index, (memory, pointers) in self._apart.items():
+            last, flat = self._results[index], memory.take()
+            self._results[index] = flat.as_strided(last.shape, last.stride())
+            self._tape.aim(pointers, flat.data_ptr())
         # Looking at every gate takes longer than small layers do.
         seen = (Gate.changes, self._tape.version())
         if seen != self._seen:
@@ -851,6 +911,11 @@ class _Recording:
     def time_calls(self) -> list[tuple[str, tuple[Any, ...], float]]:
         """Pass forward once more, and time what is called."""
         return kernels.time_calls(self._tape)
+
+
+_BY_KERNELS = (
+    Allocate, Convolve, Interpolate, Activate, MaxPool, Resize, Normalize, NormalizeGroups, Average,
+)  # fmt: skip
 
 
 def _own_copy(x: Tensor) -> Tensor:
@@ -887,6 +952,7 @@ class Program:
             for name in (*step.reads(), step.writes, *_masks(self.demanded[index], step)):
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
+        self._apart = self._written_by_kernels()
         self._recorded: list[_Recording] = []  # those that no thread is in
         self.free = self._releases(last, kept)
         self._most = self._most_at_once()
@@ -902,16 +968,16 @@ class Program:
         try:
             recorded = self._recorded.pop()
         except IndexError:
-            recorded = _Recording(self._steps, arguments)
+            recorded = _Recording(self._steps, arguments, self._apart.values())
         else:
             recorded.repeat(arguments)
-        results = [x.clone() if isinstance(x, Tensor) else x for x in recorded.results]
+        results = recorded.results()
         self._recorded.append(recorded)
         return results
 
     def time_calls(self, arguments: Sequence[Any]) -> list[tuple[str, tuple[Any, ...], float]]:
         """Kernel calls of one pass: kind, what it was made of, seconds; native kernels only."""
-        recorded = _Recording(self._steps, arguments)
+        recorded = _Recording(self._steps, arguments, self._apart.values())
         recorded.repeat(arguments)
         return recorded.time_calls()
 
@@ -932,7 +998,7 @@ class Program:
 
     def _steps(self, arguments: Sequence[Any]) -> list[Any]:
         given = dict(zip(self.inputs, arguments, strict=True))
-        values = Values({**self.constants, **given}, Memory(self._most))
+        values = Values({**self.constants, **given}, Memory(self._most), self._apart)
         demands = Demands(values)
         for step, demanded, dead, free in zip(
             self.steps, self.demanded, self.dead, self.free, strict=True
@@ -959,12 +1025,28 @@ class Program:
                 needed[name] = either(needed[name], where) if name in needed else where
         return demanded[::-1]
 
+    def _written_by_kernels(self) -> dict[str, int]:
+        """Outputs that nothing but kernels look at, and where they are among all."""
+        names = [output.name for output in self.outputs if isinstance(output, Value)]
+        made = {s.writes for s in self.steps if isinstance(s, Allocate) and not s.in_place}
+        others = [step for step in self.steps if not isinstance(step, _BY_KERNELS)]
+        seen = {name for step in others for name in (*step.reads(), step.writes)}
+        return {
+            output.name: index
+            for index, output in enumerate(self.outputs)
+            if isinstance(output, Value)
+            and output.name in made - seen
+            and names.count(output.name) == 1
+        }
+
     def _mark_in_place(self, last: dict[str, int], kept: set[str]) -> None:
         """Let copies take over the memory of values that nothing reads afterwards."""
         owned: set[str] = set()  # memory of their own, which no other value looks into
         calls = [step for step in self.steps if isinstance(step, Call)]
         viewed = {name for call in calls if call.gives_a_view for name in call.reads()}
         for index, step in enumerate(self.steps):
+            if isinstance(step, Call) and _writing(step.function) is not None:
+                owned.add(step.writes)
             if not isinstance(step, Allocate):
                 continue
             owned.add(step.writes)
@@ -999,7 +1081,7 @@ class Program:
         sizes: dict[str, int] = {}
         most = 0
         for step, free in zip(self.steps, self.free, strict=True):
-            if isinstance(step, Allocate) and not step.in_place:
+            if isinstance(step, Allocate) and not (step.in_place or step.writes in self._apart):
                 sizes[step.writes] = _whole_lines(math.prod(step.buffer.shape))
                 most = max(most, sum(sizes.values()))
             for name in free:

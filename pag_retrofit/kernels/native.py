@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import time
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
-from struct import Struct
+from struct import Struct, calcsize
 from typing import Any
 
 import torch
@@ -171,8 +172,17 @@ def _call(kind: int, packed: bytes, *kept: Any) -> int:
     status: int = library().pag_run(call, 1, torch.get_num_threads())
     tape = recording()
     if tape is not None:
-        tape.record(kind, packed, *kept)
+        tape.record(kind, packed, _pointers(kind), *kept)
     return status
+
+
+@functools.cache
+def _pointers(kind: int) -> tuple[int, ...]:
+    """Where in the structure of a kind of call addresses are, bytes."""
+    fields = re.findall(r"(\d*)([a-zA-Z])", _STRUCTURES[kind].format)
+    each = "".join(letter * int(count or 1) for count, letter in fields)
+    ends = [calcsize(each[: i + 1]) for i, letter in enumerate(each) if letter == "P"]
+    return tuple(end - calcsize("P") for end in ends)
 
 
 def replay(tape: Tape) -> None:

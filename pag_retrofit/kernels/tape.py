@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import ctypes
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _CALL = Struct("qP")  # pag_call
+_POINTER = Struct("P")
 _VERSION = operator.attrgetter("_version")
 _SKIP = 0
 _ALIGNMENT = 8
@@ -35,6 +36,7 @@ class Tape:
         """Nothing is recorded yet."""
         self._kinds: list[int] = []
         self._packed: list[bytes] = []
+        self._pointers: list[Sequence[int]] = []
         self._kept: list[tuple[Any, ...]] = []
         self._between: list[tuple[int, Callable[[], Any]]] = []
         self._first: list[Callable[[], Any]] = []
@@ -42,16 +44,18 @@ class Tape:
         self._calls: Any = None
         self._segments: list[tuple[int, int, Callable[[], Any] | None]] = []
 
-    def record(self, kind: int, packed: bytes, *kept: Any) -> None:
+    def record(self, kind: int, packed: bytes, pointers: Sequence[int], *kept: Any) -> None:
         """Add a call.
 
         Args:
             kind: Of the call (`pag_kind`).
             packed: Its arguments.
+            pointers: Where in them addresses are, bytes.
             kept: What owns the memory that the arguments point to.
         """
         self._kinds.append(kind)
         self._packed.append(packed)
+        self._pointers.append(pointers)
         self._kept.append(kept)
 
     def calls(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -98,6 +102,25 @@ class Tape:
         for at, function in [*self._between, (len(self._kinds), None)]:
             self._segments.append((address + begin * _CALL.size, at - begin, function))
             begin = at
+
+    def pointers_into(self, memory: Tensor) -> list[tuple[int, int]]:
+        """Where arguments point into the memory of a tensor: byte among all, and how far in."""
+        begin = memory.data_ptr()
+        end = begin + memory.numel() * memory.element_size()
+        found = []
+        for offset, packed, pointers in zip(
+            self._offsets, self._packed, self._pointers, strict=True
+        ):
+            for at in pointers:
+                (address,) = _POINTER.unpack_from(packed, at)
+                if begin <= address < end:
+                    found.append((offset + at, address - begin))
+        return found
+
+    def aim(self, pointers: Sequence[tuple[int, int]], address: int) -> None:
+        """Let replays use other memory where `pointers_into` found some."""
+        for at, inside in pointers:
+            _POINTER.pack_into(self._arguments, at, address + inside)
 
     def prepare(self) -> None:
         """Call what has to be called before a replay once gates have changed."""

@@ -25,7 +25,7 @@ extern const pag_kernels pag_kernels_avx512;
 namespace {
 
 constexpr int64_t LINE = 64;              // bytes of a cache line
-constexpr int64_t SMALLEST_SHARE = 1 << 18;  // operations worth waking a thread for
+constexpr int64_t SMALLEST_SHARE = 1 << 16;  // operations worth waking a thread for
 constexpr int UNITS_PER_THREAD = 4;       // so that an interrupted thread does not hold up the rest
 
 const pag_kernels* supported(const char* name) {
@@ -355,13 +355,17 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   tiling.first_columns = columns.first;
   const int64_t macs = count * PAG_PARTS * call.channels * call.out_channels;
   threads = worthwhile(threads, macs / 8);
-  const int64_t chunks =
-      threads == 1 ? 1 : std::min<int64_t>(count, (int64_t)threads * UNITS_PER_THREAD);
+  // Each share reads all of its weights: no more shares than groups, but then some for every thread.
+  const int64_t groups = (count + tiling.group - 1) / tiling.group;
+  const int64_t chunks = std::min<int64_t>(threads == 1 ? 1 : groups, threads * UNITS_PER_THREAD);
+  const int64_t parts = chunks < 2 * threads ? std::min(threads, plan.blocks) : 1;
   std::atomic<bool> failed{false};
-  share(chunks, threads, [&](int64_t chunk) {
+  share(chunks * parts, threads, [&](int64_t unit) {
+    const int64_t chunk = unit / parts, part = unit % parts;
     pag_tile_scratch scratch;
     if (take_tile_scratch(tiling, scratch))
-      table.winograd(&plan, &tiling, &scratch, count * chunk / chunks,
+      table.winograd(&plan, &tiling, &scratch, (int32_t)(plan.blocks * part / parts),
+                     (int32_t)(plan.blocks * (part + 1) / parts), count * chunk / chunks,
                      count * (chunk + 1) / chunks);
     else
       failed.store(true);
@@ -376,8 +380,10 @@ int convolve(const pag_convolution* call, int threads) {
   if (pixels <= 0) return (int)-pixels;
   const pag_plan plan = make_plan(*call, pixels, table);
   if (call->winograd) return convolve_tiles(plan, threads);
-  const int64_t macs = plan.pixels * plan.taps * call->out_channels * call->channels / call->groups;
-  threads = worthwhile(threads, macs / 8);
+  const int64_t weights =
+      (int64_t)plan.taps * call->out_channels * call->channels / call->groups;
+  const int64_t floats = plan.pixels * (call->channels + call->out_channels) + weights;
+  threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
   const int32_t together = blocks_together(plan, threads);
   const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
   const int64_t chunks =
@@ -518,6 +524,7 @@ int decide_once(const pag_gate* call, int threads) {
 }
 
 int decide(const pag_gate* call, int threads) {
+  constexpr int32_t LEAST_CHANNELS = 16;  // fewer take as long
   const pag_kernels& table = kernels();
   if (!(call->keep && *call->keep >= 0) && repeats(*call)) return decide_once(call, threads);
   const int64_t each = (int64_t)call->out_height * call->out_width, pixels = call->batch * each;
@@ -529,7 +536,8 @@ int decide(const pag_gate* call, int threads) {
     if (!ranked.scores) return PAG_NO_MEMORY;
   }
   const int64_t rows = (int64_t)call->batch * call->out_height;
-  const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, pixels * call->channels));
+  const int64_t operations = pixels * std::max(call->channels, LEAST_CHANNELS);
+  const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, operations));
   share(chunks, (int)chunks, [&](int64_t i) {
     table.decide(&ranked, rows * i / chunks, rows * (i + 1) / chunks);
   });

@@ -77,8 +77,8 @@ struct pag_kernels {
   int32_t tile, depthwise_tile;
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
-  void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int64_t begin,
-                   int64_t end);
+  void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int32_t block_begin,
+                   int32_t block_end, int64_t begin, int64_t end);
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
   void (*mean)(const pag_rows*, int64_t count, const int64_t* counts, int32_t channel_begin,
                int32_t channel_end);

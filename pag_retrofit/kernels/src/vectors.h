@@ -117,9 +117,18 @@ PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
   return v[0];
 }
 
-// Written so that a NaN passes, as in torch.
+// Written so that a NaN passes, as in torch: of the instructions' operands it is the second one.
+#if defined(__AVX512F__)
+PAG_INLINE Vector at_least(Vector x, float low) {
+  return (Vector)_mm512_max_ps((__m512)broadcast(low), (__m512)x);
+}
+PAG_INLINE Vector at_most(Vector x, float high) {
+  return (Vector)_mm512_min_ps((__m512)broadcast(high), (__m512)x);
+}
+#else
 PAG_INLINE Vector at_least(Vector x, float low) { return x < low ? broadcast(low) : x; }
 PAG_INLINE Vector at_most(Vector x, float high) { return x > high ? broadcast(high) : x; }
+#endif
 
 // e^x = 2^n e^r with |r| <= ln(2)/2 and the Taylor polynomial of e^r, whose rest is below 1e-7.
 PAG_INLINE Vector exponential(Vector x) {

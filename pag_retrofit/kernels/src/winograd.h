@@ -202,16 +202,16 @@ PAG_OUTLINE void finish_patches(const pag_plan& plan, const pag_tiling& tiling,
   }
 }
 
-// All output channels of tiles [begin, end).
+// Blocks [block_begin, block_end) of output channels of tiles [begin, end).
 void winograd(const pag_plan* shared, const pag_tiling* tiling, pag_tile_scratch* scratch,
-              int64_t begin, int64_t end) {
+              int32_t block_begin, int32_t block_end, int64_t begin, int64_t end) {
   const pag_plan& plan = *shared;
   const int64_t groups = (end - begin + tiling->group - 1) / tiling->group;
   for (int64_t group = 0; group < groups; group++) {
     const int64_t from = begin + (end - begin) * group / groups;
     const int count = (int)(begin + (end - begin) * (group + 1) / groups - from);
     transform_patches(plan, *tiling, *scratch, from, count);
-    for (int index = 0; index < plan.blocks; index++) {
+    for (int32_t index = block_begin; index < block_end; index++) {
       const pag_block block = block_at(plan, index);
       multiply_patches(plan, *tiling, *scratch, block);
       finish_patches(plan, *tiling, *scratch, block, from, count);
