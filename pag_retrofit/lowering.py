@@ -819,7 +819,9 @@ class _Lowering:
         given = [*node.args[2:]]
         weight, bias, epsilon = given[:3] + [None, None, 1e-5][len(given) :]
         constants = [None if x is None else self.constant(x) for x in (weight, bias)]
-        known = all((x is None) == (y is None) for x, y in zip((weight, bias), constants, strict=True))
+        known = all(
+            (x is None) == (y is None) for x, y in zip((weight, bias), constants, strict=True)
+        )
         if len(shape) != 4 or node.meta["val"].dtype is not torch.float32 or not known:
             return False
         readers = self.readers.get(node, [])

@@ -328,6 +328,48 @@ def test_copies_work(deployed: nn.Module) -> None:
     assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
 
 
+@needs_kernels
+@torch.no_grad()
+def test_no_later_pass_changes_a_result() -> None:
+    """Results lie in memory that is used again, but not while anything looks into it."""
+    gated = gate_all(randomize(nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU())))
+    deployed = pag.deploy(gated)
+    kept: list[tuple[Tensor, Tensor]] = []
+    places: list[int] = []
+    for number in range(12):
+        result = deployed(torch.randn(SHAPE))
+        places.append(result.data_ptr())
+        if number % 3 == 0:
+            kept.append((result[1, 4:, 2], result[1, 4:, 2].clone()))  # a view, and nothing else
+        elif number % 3 == 1:
+            kept.append((result.detach(), result.clone()))
+    assert all(torch.equal(view, copied) for view, copied in kept)
+    del kept, result
+    assert len({deployed(torch.randn(SHAPE)).data_ptr() for _ in range(8)}) <= 2
+    assert len(set(places)) > 8
+
+
+@needs_kernels
+@torch.no_grad()
+def test_results_that_torch_looks_at_are_copied() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.conv(x)
+            z = self.conv(x.flip(2))
+            return y, z, z.softmax(1)
+
+    model = randomize(Twice()).eval()
+    deployed = pag.deploy(model)
+    xs = [torch.randn(SHAPE) for _ in range(4)]
+    results = [deployed(x) for x in xs]
+    for x, result in zip(xs, results, strict=True):
+        close(result, model(x))
+
+
 def replayed() -> dict[str, nn.Module]:
     """Networks with gates on maps that are never made, selectors, and operators of torch."""
     unet = smp.Unet("resnet18", encoder_weights=None, decoder_attention_type="scse", classes=3)
@@ -459,6 +501,38 @@ def test_stacked_maps_are_added_one_after_the_other(axis: int) -> None:
         agree(gated, deployed, torch.randn(SHAPE), density, "random")
     names = [str(step.function) for step in steps_of(deployed) if isinstance(step, Call)]
     assert [name for name in names if "sin" not in name] == ["aten.add.Tensor"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Identity(), nn.Softplus()])
+def test_group_norm(activation: nn.Module) -> None:
+    norms = nn.GroupNorm(2, 8), nn.GroupNorm(8, 8, affine=False)
+    layers = nn.Conv2d(3, 8, 3), norms[0], activation, nn.Conv2d(8, 8, 1), norms[1]
+    gated = gate_all(randomize(nn.Sequential(*layers)))
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for _ in range(2):
+            agree(gated, deployed, torch.randn(SHAPE), 0.5, "random")
+        names = [str(step.function) for step in steps_of(deployed) if isinstance(step, Call)]
+        assert names == ["aten.softplus.default"] * isinstance(activation, nn.Softplus)
+
+
+@torch.no_grad()
+def test_a_shortcut_takes_over_what_an_operator_of_torch_has_made() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            low = self.low(F.avg_pool2d(x, 2)).cos()
+            return F.interpolate(low, scale_factor=2.0, mode="nearest").sin() + self.high(x)
+
+    gated = gate_all(randomize(Pyramid()))
+    deployed = pag.deploy(gated)
+    for density in (1.0, 0.4):
+        agree(gated, deployed, torch.randn(SHAPE), density, "random")
+    assert all(step.in_place for step in steps_of(deployed) if getattr(step, "copied", ""))
 
 
 class Resized(nn.Module):

@@ -373,6 +373,32 @@ class TestConvolution:
         check(case, twin)
         check(replace(case, mask="all", activation="relu6"), twin)
 
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("window", [(1, 0), (1, -1), (2, 0), (3, -2)])
+    def test_one_tap_of_few_channels(
+        self, twin: ModuleType, window: tuple[int, int], mask: str
+    ) -> None:
+        (stride, padding), one = window, (1, 1)
+        one_tap = Window(one, (1, stride), one, (0, padding))
+        case = Case((16,), out_channels=32, size=(3, 97), window=one_tap, mask=mask)
+        check(case, twin)
+        check(replace(case, channels=(3,), out_channels=64, activation="relu6"), twin)
+        check(replace(case, channels=(37,), out_channels=11, wider=3, residual="in place"), twin)
+        check(replace(case, out_channels=40, activation="silu", residual="after"), twin)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("channels", [3, 16, 40, 64, 70])
+    def test_depthwise_of_one_tap(self, twin: ModuleType, channels: int, mask: str) -> None:
+        one = Window((1, 1), (1, 1), (1, 1), (0, 0))
+        case = Case(
+            (channels,), (2,), channels, channels, (7, 73), one, mask=mask, activation="silu"
+        )
+        check(case, twin)
+        check(replace(case, upsampling=(1,), bias=False, activation="none", wider=4), twin)
+        check(replace(case, upsampling=(4,), window=one._replace(stride=(2, 3))), twin)
+        check(replace(case, window=one._replace(padding=(-2, -5))), twin)
+        check(replace(case, window=one._replace(padding=(1, 2)), residual="before"), twin)
+
     @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3)])
     @pytest.mark.parametrize("own", [4, 8, 16, 64])
     def test_grouped(self, twin: ModuleType, own: int, stride: tuple[int, int]) -> None:
@@ -640,6 +666,39 @@ class TestWholeMaps:
         twin.resize(out, x, (steps[0], steps[1]), aligned)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("channels, groups", [(6, 1), (24, 3), (16, 16), (128, 32), (200, 8)])
+    @pytest.mark.parametrize("size", [(1, 1), (5, 4), (31, 33)])
+    def test_group_norm(
+        self, twin: ModuleType, channels: int, groups: int, size: tuple[int, int]
+    ) -> None:
+        # Far from zero, where squares alone would lose all digits of a variance.
+        x = torch.randn(2, *size, channels + 3)[..., 2 : 2 + channels]
+        x = 3 * x + 100 * torch.randn(channels // groups).repeat(groups)
+        weight, bias = torch.randn(2, channels)
+        for given in (weight, None):
+            out = torch.full((2, *size, channels), UNTOUCHED)
+            expected = F.group_norm(
+                x.permute(0, 3, 1, 2).double(),
+                groups,
+                None if given is None else weight.double(),
+                None if given is None else bias.double(),
+            )
+            twin.group_norm(
+                out, x, groups, given, None if given is None else bias, 1e-5, "leaky_relu", 0.1
+            )
+            expected = F.leaky_relu(expected, 0.1).permute(0, 2, 3, 1).float()
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+    def test_group_norm_on_several_threads(self) -> None:
+        x = torch.randn(2, 40, 41, 200)
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = torch.empty_like(x)
+            kernels.group_norm(out, x, 8)
+            results.append(out)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
     def test_max_pool_passes_nan_on(self, twin: ModuleType) -> None:
         x = torch.randn(1, 4, 4, 20)
         x[0, 1, 1, 3] = torch.nan
@@ -702,6 +761,24 @@ class TestTape:
                 expected = torch.full_like(out, UNTOUCHED)
                 layer(expected, (new.relu() if enabled else new) + 1, kernels.list_pixels(mask))
                 assert torch.equal(out, expected)
+
+    def test_replays_use_other_memory_if_told_to(self) -> None:
+        layer = pointwise(torch.randn(8, 4))
+        x, out = torch.randn(1, 5, 6, 4), torch.zeros(1, 5, 6, 10)[..., 1:9]
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            layer(out, x)
+            kernels.activate(out, "relu")
+        first, other, apart = out.clone(), torch.zeros(1, 5, 6, 10), torch.randn_like(x)
+        places = tape.pointers_into(out._base)
+        assert [inside for _, inside in places] == [4, 4]  # one float from the first one
+        tape.aim(places, other.data_ptr())
+        tape.aim(tape.pointers_into(x), apart.data_ptr())
+        kernels.replay(tape)
+        assert torch.equal(out, first)
+        expected = torch.zeros_like(other)
+        kernels.activate(layer(expected[..., 1:9], apart), "relu")
+        assert torch.equal(other, expected)
 
     def test_nothing_is_recorded_outside(self) -> None:
         tape = kernels.Tape()
