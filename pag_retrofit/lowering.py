@@ -790,12 +790,18 @@ class _Lowering:
 
     _visit_adaptive_avg_pool2d = _visit_mean
 
+    def _affine(self, node: Node) -> tuple[Tensor | None, Tensor | None] | None:
+        """Weight and bias of a norm; None if they are computed from the input."""
+        given = [node.args[i] if len(node.args) > i else None for i in (2, 3)]
+        weight, bias = map(self.constant, given)
+        known = (weight is None) == (given[0] is None) and (bias is None) == (given[1] is None)
+        return (weight, bias) if known else None
+
     def _visit_layer_norm(self, node: Node) -> bool:
         source, shape = self.real(node.args[0]), shape_of(node)
-        layout = {4: "BHWC", 3: "BNC"}.get(len(shape))
-        if layout is None or len(node.args[1]) != 1:
+        layout, affine = {4: "BHWC", 3: "BNC"}.get(len(shape)), self._affine(node)
+        if layout is None or affine is None or len(node.args[1]) != 1:
             return False
-        weight, bias = (self.constant(node.args[i]) if len(node.args) > i else None for i in (2, 3))
         epsilon = float(node.args[4]) if len(node.args) > 4 else 1e-5
         self.make(source)
         rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
@@ -804,8 +810,8 @@ class _Lowering:
             Normalize(
                 writes=node.name,
                 source=Source(source.name, layout),
-                weight=weight,
-                bias=bias,
+                weight=affine[0],
+                bias=affine[1],
                 epsilon=epsilon,
                 layout=layout,
             ),
@@ -816,20 +822,12 @@ class _Lowering:
     def _visit_group_norm(self, node: Node) -> bool:
         """And the activation of the result, if nothing else reads that."""
         source, shape = self.real(node.args[0]), shape_of(node)
-        given = [*node.args[2:]]
-        weight, bias, epsilon = given[:3] + [None, None, 1e-5][len(given) :]
-        constants = [None if x is None else self.constant(x) for x in (weight, bias)]
-        known = all(
-            (x is None) == (y is None) for x, y in zip((weight, bias), constants, strict=True)
-        )
-        if len(shape) != 4 or node.meta["val"].dtype is not torch.float32 or not known:
+        affine, readers = self._affine(node), self.readers.get(node, [])
+        if len(shape) != 4 or node.meta["val"].dtype is not torch.float32 or affine is None:
             return False
-        readers = self.readers.get(node, [])
-        activation, slope = (activation_of(readers[0]) if len(readers) == 1 else None) or (
-            "none",
-            0.01,
-        )
-        written = node if activation == "none" else readers[0]
+        found = activation_of(readers[0]) if len(readers) == 1 else None
+        activation, slope = found or ("none", 0.01)
+        written = readers[0] if found else node
         self.make(source)
         self.state.steps += [
             Allocate(writes=written.name, buffer=Buffer((shape[0], *shape[2:], shape[1]), "BCHW")),
@@ -837,9 +835,9 @@ class _Lowering:
                 writes=written.name,
                 source=source.name,
                 groups=int(node.args[1]),
-                weight=constants[0],
-                bias=constants[1],
-                epsilon=float(epsilon),
+                weight=affine[0],
+                bias=affine[1],
+                epsilon=float(node.args[4]) if len(node.args) > 4 else 1e-5,
                 activation=activation,
                 slope=slope,
             ),
