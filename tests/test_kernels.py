@@ -527,7 +527,7 @@ class TestRows:
         twin.interpolate(x, None, None, "none", 0.0)
         assert torch.equal(x, coarse)
 
-    @pytest.mark.parametrize("channels", [1, 15, 16, 64, 200])
+    @pytest.mark.parametrize("channels", [1, 3, 15, 16, 64, 200])
     @pytest.mark.parametrize(
         "stride, offset", [((1, 1), (0, 0)), ((2, 2), (0, 0)), ((2, 3), (1, 2))]
     )

@@ -315,8 +315,33 @@ void decide_narrow(const pag_gate* call, int64_t row_begin, int64_t row_end) {
   }
 }
 
+// One source of fewer channels than there is to gain from vectors: an image.
+template <int CHANNELS>
+void decide_few(const pag_gate* call, int64_t row_begin, int64_t row_end) {
+  const pag_source& source = call->sources[0];
+  for (int64_t number = row_begin; number < row_end; number++) {
+    const GateRow row(call, number);
+    float weights[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++)
+      weights[c] = call->weight[c] * (row.scale ? row.scale[c] : 1.f);
+    int32_t x = call->offset[1];
+    for (int32_t from = 0; from < call->out_width; from += LANES) {
+      const int count = call->out_width - from < LANES ? call->out_width - from : LANES;
+      float sums[LANES] = {};
+      for (int i = 0; i < count; i++, x += call->stride[1]) {
+        const float* values = row.lines[0] + (x >> source.shift) * source.stride;
+        PAG_UNROLL
+        for (int c = 0; c < CHANNELS; c++) sums[i] += values[c] * weights[c];
+      }
+      write_decisions(call, row.first + from, count, load(sums));
+    }
+  }
+}
+
 // Rows [begin, end) of output pixels, all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
+  if (call->source_count == 1 && call->channels == 1) return decide_few<1>(call, begin, end);
+  if (call->source_count == 1 && call->channels == 3) return decide_few<3>(call, begin, end);
   const int parts = call->source_count == 1 ? (call->channels + LANES - 1) / LANES : 0;
   if (parts == 1) return decide_narrow<1>(call, begin, end);
   if (parts == 2) return decide_narrow<2>(call, begin, end);
