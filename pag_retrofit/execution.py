@@ -7,6 +7,7 @@ channels last in memory, or (B, H, W, C), or tokens (B, N, C). Kernels see all o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -114,12 +115,21 @@ class ResultMemory:
         try:
             block = self._free.pop()
         except IndexError:
-            block = mmap.mmap(-1, self._floats * torch.float32.itemsize)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
+            block = _private_memory(self._floats * torch.float32.itemsize)
         lease = (ctypes.c_float * self._floats).from_buffer(block)  # kept by the tensor's storage
         weakref.finalize(lease, self._free.append, block).atexit = False
         return torch.frombuffer(lease, dtype=torch.float32)
+
+
+def _private_memory(size: int) -> mmap.mmap:
+    """Bytes of this process alone, in large pages if there are any; a forked one gets a copy."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 class Values(dict[str, Any]):
