@@ -845,7 +845,7 @@ struct Multiplication {
     }
   }
 
-  // The same with as few output channels as pixels beside each other share input; false: they don't.
+  // The same where few output channels are computed side by side; false: the pixels are not.
   PAG_INLINE bool multiply_as_run(int64_t begin, int64_t end) {
     Run run;
     const int pixels = (int)(end - begin);

@@ -205,10 +205,9 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
     plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
   plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= FEW_OUT_CHANNELS &&
              call.channels >= LEAST_CHANNELS && pixels >= LEAST_PIXELS;
-  plan.ascending = is_ascending(call.list, pixels);
   plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
-              plan.ascending && !plan.gathered && !plan.dot && !call.winograd && !call.scale &&
-              call.channels <= THIN_CHANNELS;
+              !plan.gathered && !plan.dot && call.channels <= THIN_CHANNELS &&
+              is_ascending(call.list, pixels);
   if (plan.dot)
     plan.columns_bytes =
         whole_lines(sizeof(float) * plan.taps * call.channels * call.out_channels);

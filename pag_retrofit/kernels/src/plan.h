@@ -24,8 +24,7 @@ struct pag_plan {
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
   bool dot;        // few output channels: vectors lie along the input channels
-  bool ascending;  // each listed pixel comes after the one before
-  bool thin;       // one tap of few channels: finding a pixel costs as much as multiplying it
+  bool thin;       // one tap of few channels, at ascending pixels: see strips
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
   int64_t columns_bytes;
 };
