@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 from pathlib import Path
@@ -23,7 +24,16 @@ from user_models import MODELS
 
 import pag_retrofit as pag
 from pag_retrofit.deployment import DeployedNetwork
-from pag_retrofit.execution import Allocate, Call, Convolve, Decide, Memory, Range, Resize
+from pag_retrofit.execution import (
+    Allocate,
+    Call,
+    Convolve,
+    Decide,
+    Memory,
+    Range,
+    Resize,
+    ResultMemory,
+)
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
 
@@ -347,6 +357,19 @@ def test_no_later_pass_changes_a_result() -> None:
     del kept, result
     assert len({deployed(torch.randn(SHAPE)).data_ptr() for _ in range(8)}) <= 2
     assert len(set(places)) > 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_results_of_its_own() -> None:
+    result = ResultMemory(1 << 16).take().fill_(1.0)
+    seen = result.numpy()  # torch's threads are not there after a fork
+    child = os.fork()
+    if child == 0:
+        seen[:] = 2.0
+        os._exit(int(seen[-1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert (seen == 1.0).all()
 
 
 @needs_kernels

@@ -386,6 +386,21 @@ class TestConvolution:
         check(replace(case, channels=(37,), out_channels=11, wider=3, residual="in place"), twin)
         check(replace(case, out_channels=40, activation="silu", residual="after"), twin)
 
+    @pytest.mark.parametrize("tile", [3, 6, 14])
+    def test_one_tap_in_an_order_that_looks_side_by_side(self, twin: ModuleType, tile: int) -> None:
+        """The first and the last pixel of a tile lie where they would in a row, others do not."""
+        weight = torch.randn(32, 16)
+        layer = pointwise(weight)
+        pixels = [0, 30, *range(2, tile), 31, 32, 33]
+        listed = kernels.PixelList(
+            torch.tensor(pixels, dtype=torch.int32), torch.tensor([len(pixels)], dtype=torch.int32)
+        )
+        x, out = torch.randn(1, 1, 40, 16), torch.full((1, 1, 40, 32), UNTOUCHED)
+        with_module(twin, lambda: layer(out, x, listed))
+        expected = torch.full_like(out, UNTOUCHED)
+        expected[:, :, pixels] = (x @ weight.t())[:, :, pixels]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("mask", MASKS)
     @pytest.mark.parametrize("channels", [3, 16, 40, 64, 70])
     def test_depthwise_of_one_tap(self, twin: ModuleType, channels: int, mask: str) -> None:
