@@ -897,11 +897,14 @@ class _Recording:
         }
 
     def results(self) -> list[Any]:
-        """Those of the last pass; no later one changes them."""
-        return [
-            x.clone() if isinstance(x, Tensor) and index not in self._apart else x
-            for index, x in enumerate(self._results)
-        ]
+        """Those of the last pass; no later one changes them, and they may be changed in any way."""
+
+        def given(index: int, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.detach() if index in self._apart else x.clone()
+
+        return [given(index, x) for index, x in enumerate(self._results)]
 
     def repeat(self, arguments: Sequence[Any]) -> None:
         """Pass forward with other inputs."""

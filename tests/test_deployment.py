@@ -354,6 +354,8 @@ def test_no_later_pass_changes_a_result() -> None:
         elif number % 3 == 1:
             kept.append((result.detach(), result.clone()))
     assert all(torch.equal(view, copied) for view, copied in kept)
+    result.unsqueeze_(0)
+    assert deployed(torch.randn(SHAPE)).shape == (2, 32, 64, 64)
     del kept, result
     assert len({deployed(torch.randn(SHAPE)).data_ptr() for _ in range(8)}) <= 2
     assert len(set(places)) > 8

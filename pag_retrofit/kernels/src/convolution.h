@@ -36,17 +36,7 @@ PAG_OUTLINE void multiply_tile(const Input& input, const float* weights, const E
                    int columns) {
   constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
   Vector sums[PIXELS][COUNT];
-  Vector start[COUNT] = {};
-  if (e.bias)
-    PAG_UNROLL
-    for (int j = 0; j < COUNT; j++)
-      start[j] = j * LANES < columns
-                     ? load_up_to(e.bias + column + j * LANES, columns - j * LANES)
-                     : Vector{};
-  PAG_UNROLL
-  for (int i = 0; i < PIXELS; i++)
-    PAG_UNROLL
-    for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
+  start_tile(e, sums, column, columns);
 
   // One plain inner loop: splitting it, to read input ahead as well, cost more than it won.
   const float* const* rows = input.rows;
@@ -457,17 +447,7 @@ PAG_OUTLINE void multiply_strip(const float* in, int64_t step, int channels, con
   constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
   constexpr int SHARING = 3;  // pixels that one register leads to: at 0, 1 and 2 steps from it
   Vector sums[PIXELS][COUNT];
-  Vector start[COUNT] = {};
-  if (e.bias)
-    PAG_UNROLL
-    for (int j = 0; j < COUNT; j++)
-      start[j] = j * LANES < columns
-                     ? load_up_to(e.bias + column + j * LANES, columns - j * LANES)
-                     : Vector{};
-  PAG_UNROLL
-  for (int i = 0; i < PIXELS; i++)
-    PAG_UNROLL
-    for (int j = 0; j < COUNT; j++) sums[i][j] = start[j];
+  start_tile(e, sums, column, columns);
   const float* at[(PIXELS + SHARING - 1) / SHARING];
   PAG_UNROLL
   for (int i = 0; i < PIXELS; i += SHARING) at[i / SHARING] = in + i * step;

@@ -63,6 +63,23 @@ PAG_INLINE void for_each_sum(Vector (&sums)[PIXELS][VECTORS], int columns, Funct
   }
 }
 
+// Start a tile of accumulators at the bias.
+template <int PIXELS, int VECTORS>
+PAG_INLINE void start_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
+                           int columns) {
+  Vector start[VECTORS] = {};
+  if (e.bias)
+    PAG_UNROLL
+    for (int j = 0; j < VECTORS; j++) {
+      const int count = columns - j * LANES;
+      start[j] = count > 0 ? load_up_to(e.bias + column + j * LANES, count) : Vector{};
+    }
+  PAG_UNROLL
+  for (int i = 0; i < PIXELS; i++)
+    PAG_UNROLL
+    for (int j = 0; j < VECTORS; j++) sums[i][j] = start[j];
+}
+
 // Finish a tile of accumulators held in registers.
 template <int PIXELS, int VECTORS>
 PAG_INLINE void finish_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
