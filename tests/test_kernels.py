@@ -564,7 +564,7 @@ class TestRows:
         assert sure.float().mean() > 0.9
 
     @pytest.mark.parametrize("scaled", [True, False])
-    @pytest.mark.parametrize("channels", [(3, 16), (40, 5, 7)])
+    @pytest.mark.parametrize("channels", [(3, 16), (40, 5, 7), (1,), (3,), (40,)])
     def test_gate_on_parts(self, twin: ModuleType, channels: tuple[int, ...], scaled: bool) -> None:
         """Maps beside each other, the first of them upsampled, read at every second row."""
         factors = [2, 1, 1][: len(channels)]

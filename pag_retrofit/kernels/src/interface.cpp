@@ -357,7 +357,8 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   // Each share reads all of its weights: no more shares than groups, but then some for every thread.
   const int64_t groups = (count + tiling.group - 1) / tiling.group;
   const int64_t chunks = std::min<int64_t>(threads == 1 ? 1 : groups, threads * UNITS_PER_THREAD);
-  const int64_t parts = chunks < 2 * threads ? std::min(threads, plan.blocks) : 1;
+  const int64_t wanted = (2 * threads + chunks - 1) / chunks;  // each transforms its patches anew
+  const int64_t parts = std::min<int64_t>({wanted, threads, plan.blocks});
   std::atomic<bool> failed{false};
   share(chunks * parts, threads, [&](int64_t unit) {
     const int64_t chunk = unit / parts, part = unit % parts;
