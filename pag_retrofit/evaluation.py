@@ -174,8 +174,7 @@ def evaluate_network(
     if counts is None:
         raise ValueError("batches is empty; there is nothing to evaluate")
     fraction, open_rates = shares.means()
-    if not is_gated(network):
-        fraction = float(getattr(network, "pag_compute_fraction", fraction))
+    fraction *= float(getattr(network, "pag_compute_fraction", 1.0))  # of a smaller input
     return Evaluation(
         metrics=task.metrics(counts),
         images=images,

@@ -28,6 +28,7 @@ from pag_retrofit.calibration import set_budget
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import CheckpointError, PagError
 from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.resizing import ResizedInput, resize_input, restore_input
 from pag_retrofit.surgery import remove, retrofit
 
 FORMAT = 1
@@ -149,10 +150,12 @@ def spec_of(model: nn.Module) -> ModelSpec | None:
     noted = getattr(model, "pag_spec", None)
     if isinstance(noted, ModelSpec):
         return noted
-    candidate = _guess_spec(model)
+    original = copy.deepcopy(model)
+    if hasattr(original, "pag_state"):
+        remove(original)
+    candidate = _guess_spec(restore_input(original))
     if candidate is None:
         return None
-    original = remove(copy.deepcopy(model)) if hasattr(model, "pag_state") else model
     try:
         with torch.device("meta"):
             rebuilt = candidate.build()
@@ -267,6 +270,7 @@ def _describe(gated: nn.Module) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in ("torch", "timm", "pag-retrofit")},
         "model": spec.to_dict() if spec else None,
         "class": type(gated).__name__,
+        "resized_input": list(gated.pag_resized) if isinstance(gated, ResizedInput) else None,
         "retrofit": state.config.to_dict(),
         "budget": state.budget,
         "example_shape": list(state.example_shape),
@@ -330,15 +334,22 @@ def _only(config: RetrofitConfig, sites: list[str]) -> RetrofitConfig:
 
 
 def _network(description: dict[str, Any], model: nn.Module | None, source: str) -> nn.Module:
+    spec = description["model"]
     if model is not None:
-        return copy.deepcopy(model)
-    if description["model"] is None:
+        network = restore_input(copy.deepcopy(model))
+    elif spec is not None:
+        network = ModelSpec(spec["library"], spec["name"], spec["arguments"]).build()
+    else:
         raise CheckpointError(
             f"{source}: it holds a {description['class']} that is neither a timm nor an SMP "
             "network; pass the ungated network as model="
         )
-    spec = description["model"]
-    return ModelSpec(spec["library"], spec["name"], spec["arguments"]).build()
+    resized = description.get("resized_input")  # files of earlier releases lack it
+    if resized is None:
+        return network
+    share, multiple = resized
+    shape = tuple(description["example_shape"])
+    return resize_input(network, share, example_input=shape, multiple=multiple)
 
 
 def _check_sites(gated: nn.Module, description: dict[str, Any], source: str) -> None:

@@ -29,7 +29,7 @@ from pag_retrofit.config import MultiPoolConfig, RetrofitConfig
 from pag_retrofit.errors import RecipeError
 
 Stage = Literal[
-    "dense", "reference", "average", "gated", "dial",
+    "dense", "reference", "average", "gated", "combined", "dial",
     "layer", "random", "grid", "truncation", "resizing",
 ]  # fmt: skip
 BASELINES: tuple[Stage, ...] = ("layer", "random", "grid", "truncation", "resizing")
@@ -421,10 +421,11 @@ class Recipe(Section):
         name: name of the run.
         output: folder of the results.
         seed: seed of weights, data order, augmentation and gate noise.
-        stages: what is run, in the order dense, reference, average, gated, `dial` (one network for
-            all budgets from the smallest to the largest), and the baselines, which are run at
-            each budget too: `layer`, `random`, `grid`, `truncation` (policies of
-            `pag_retrofit.RetrofitConfig`) and `resizing` (smaller inputs).
+        stages: what is run: dense, reference, average, `dial` (one network for all budgets from
+            the smallest to the largest), and at each budget gated, `combined` (gated, on a
+            smaller input: each of the two takes the square root of the budget) and the
+            baselines: `layer`, `random`, `grid`, `truncation` (policies of
+            `pag_retrofit.RetrofitConfig`) and `resizing` (smaller inputs alone).
         model: the network.
         data: the data set.
         task: the task.

@@ -1,4 +1,4 @@
-"""Smaller inputs: the simplest way to save compute, and so a baseline."""
+"""Smaller inputs: the simplest way to save compute, a baseline and an ally of gates."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ResizedInput(nn.Module):
     pag_resized: tuple[float, int]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Shrink the image, run the network, and enlarge its output to the image's size."""
+        """Shrink the image, run the network, and enlarge its output, if it is a map."""
         size = (image.shape[2], image.shape[3])
         smaller = smaller_size(size, *self.pag_resized)
         shrunk = F.interpolate(image, smaller, mode="bilinear", antialias=True)
-        output = super().forward(shrunk)
-        return F.interpolate(output, size, mode="bilinear")
+        output: Tensor = super().forward(shrunk)
+        return F.interpolate(output, size, mode="bilinear") if output.dim() == 4 else output
 
 
 def resize_input(
@@ -41,27 +41,53 @@ def resize_input(
 
     Both by bilinear interpolation. Weights keep their names; the network's class becomes one
     derived from it. Its attribute `pag_compute_fraction` holds the MACs on the smaller input over
-    those on the example.
+    those on the example. `retrofit` may gate the result: its budget counts from what is left, so
+    that the fraction of the whole is the product of both. Saved with the gates, and deployed.
 
     Args:
-        network: It takes and gives one map (B, C, H, W).
+        network: It takes an image (B, C, H, W) and gives a map (B, C, h, w), or scores (B, C)
+            that are left as they are. Not gated yet.
         share: Of the pixels, in (0, 1]; MACs of a fully convolutional network follow it.
         example_input: Tensor (B, C, H, W), or its shape.
         multiple: Of which the smaller sizes are. Default 32.
 
+    Returns:
+        The same object.
+
     Raises:
         BudgetError: The share is not in (0, 1].
-        PagError: The network sees smaller inputs already.
+        PagError: The network sees smaller inputs already, or is gated; or the multiple is larger
+            than the example.
     """
     if not 0 < share <= 1:
         raise BudgetError(f"share={share!r}: expected a fraction of the pixels in (0, 1]")
     if isinstance(network, ResizedInput):
         raise PagError(f"{type(network).__name__} sees smaller inputs already: pass the original")
+    if hasattr(network, "pag_state"):
+        raise PagError(f"{type(network).__name__} is gated: resize its input first, then retrofit")
     example = example_tensor(network, example_input)
+    if not isinstance(multiple, int) or not 1 <= multiple <= min(example.shape[2:]):
+        raise PagError(
+            f"multiple={multiple!r}: expected an integer from 1 to the sides of the example, "
+            f"{tuple(example.shape[2:])}"
+        )
     whole = _macs(network, example)
     network.__class__ = _resized_class(type(network))  # type: ignore[arg-type]
     network.__dict__["pag_resized"] = (share, multiple)
-    network.__dict__["pag_compute_fraction"] = _macs(network, example) / whole
+    try:
+        network.__dict__["pag_compute_fraction"] = _macs(network, example) / whole
+    except Exception:
+        restore_input(network)
+        raise
+    return network
+
+
+def restore_input(network: nn.Module) -> nn.Module:
+    """Undo `resize_input`, in place; other networks are left as they are."""
+    if isinstance(network, ResizedInput):
+        network.__class__ = type(network).__mro__[2]
+        for name in ("pag_resized", "pag_compute_fraction"):
+            network.__dict__.pop(name, None)
     return network
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -31,10 +32,11 @@ from pag_retrofit.building import (
 )
 from pag_retrofit.calibration import calibrate, set_budget
 from pag_retrofit.checkpoints import locked, write_json, write_text
-from pag_retrofit.config import RetrofitConfig
+from pag_retrofit.config import POLICIES, RetrofitConfig
 from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import Evaluation
+from pag_retrofit.gates import state_of
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
@@ -93,7 +95,7 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
     if recipe.gated is not None and "dial" in recipe.stages:
         lowest = min(recipe.gated.budgets)
         stages.append(Stage("dial", recipe.output / "dial", recipe.gated, lowest, "dial"))
-    for kind in ("gated", *BASELINES):
+    for kind in ("gated", "combined", *BASELINES):
         if recipe.gated is not None and kind in recipe.stages:
             for budget in recipe.gated.budgets:
                 name = f"{kind}-{budget:.2f}"
@@ -148,14 +150,18 @@ def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
     if stage.name == "average":
         return average_branches(network, example_input=shape, config=recipe.multipool, inplace=True)
     assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
+    budget = stage.budget
     if stage.kind == "resizing":
-        return resize_input(network, stage.budget, example_input=shape)
+        return resize_input(network, budget, example_input=shape)
+    if stage.kind == "combined":
+        resize_input(network, math.sqrt(budget), example_input=shape)
+        budget = min(1.0, budget / float(network.pag_compute_fraction))  # type: ignore[arg-type]
     config = RetrofitConfig.from_dict(stage.schedule.retrofit)
     if stage.kind == "dial":
         config = replace(config, gate=replace(config.gate, dial=True))
-    elif stage.kind != "gated":
+    elif stage.kind in POLICIES:
         config = replace(config, policy=stage.kind)
-    return retrofit(network, stage.budget, example_input=shape, config=config, inplace=True)
+    return retrofit(network, budget, example_input=shape, config=config, inplace=True)
 
 
 def _dense_network(recipe: Recipe) -> nn.Module:
@@ -180,7 +186,7 @@ def _calibrate_and_evaluate(
     Returns:
         The evaluation at the stage's budget; those at other operating points are noted.
     """
-    assert stage.budget is not None and isinstance(stage.schedule, GatedSection)
+    assert isinstance(stage.schedule, GatedSection)
     data = evaluation_data(recipe, "train")
     size = recipe.data.eval_batch_size
     count = min(len(data), size * stage.schedule.calibration_batches)
@@ -191,16 +197,17 @@ def _calibrate_and_evaluate(
         batch["image"].to(trainer.device, memory_format=layout)
         for batch in DataLoader(chosen, batch_size=size)
     ]
-    budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (stage.budget,)
+    own = state_of(network).budget  # of what a smaller input leaves, if it sees one
+    budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (own,)
     calibrate(network, images, budgets=budgets)
     evaluations = {}
     for budget in budgets:
         set_budget(network, budget)
         evaluations[budget] = trainer.evaluate()
-    set_budget(network, stage.budget)
+    set_budget(network, own)
     if len(budgets) > 1:
         trainer.operating_points = {f"{b:.2f}": e.to_dict() for b, e in evaluations.items()}
-    return evaluations[stage.budget]
+    return evaluations[own]
 
 
 # What is written beside the weights -------------------------------------------------------------

@@ -24,6 +24,7 @@ from pag_retrofit.stages import environment, finetune, plan_stages
 
 NAMES = {
     "gated": "PAG",
+    "combined": "PAG on a smaller input",
     "dial": "PAG, one network",
     "layer": "whole layers, per image",
     "random": "random perforation",

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from networks import randomize
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import pag_retrofit as pag
 from pag_retrofit.gates import named_gates
 from pag_retrofit.policies import GATES, GridGate
-from pag_retrofit.resizing import resize_input, smaller_size
+from pag_retrofit.resizing import resize_input, restore_input, smaller_size
 
 SHAPE = (2, 3, 64, 64)
 BASELINES = [policy for policy in GATES if policy != "pixel"]
@@ -190,6 +191,53 @@ def test_smaller_inputs_cost_less_and_give_whole_outputs() -> None:
         resize_input(resized, 0.5, example_input=(1, 3, 128, 192))
     with pytest.raises(pag.BudgetError, match="share=0"):
         resize_input(Halves(), 0, example_input=(1, 3, 128, 192))
+    with pytest.raises(pag.PagError, match="multiple=256"):
+        resize_input(Halves(), 0.5, example_input=(1, 3, 128, 192), multiple=256)
+
+
+def test_scores_of_smaller_inputs_are_left_as_they_are() -> None:
+    plain = network()
+    resized = resize_input(copy.deepcopy(plain), 0.25, example_input=(1, 3, 128, 128))
+    x = torch.randn(2, 3, 128, 128)
+    shrunk = nn.functional.interpolate(x, (64, 64), mode="bilinear", antialias=True)
+    assert torch.equal(resized(x), plain(shrunk))
+
+
+def test_a_network_that_cannot_see_a_smaller_input_stays_as_it_was() -> None:
+    stubborn = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2))
+    with pytest.raises(RuntimeError):
+        resize_input(stubborn, 0.25, example_input=(1, 3, 64, 64))
+    assert type(stubborn) is nn.Sequential and not hasattr(stubborn, "pag_resized")
+    assert stubborn(torch.randn(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_gates_and_a_smaller_input_go_together(tmp_path: Path) -> None:
+    shape = (1, 3, 96, 128)
+    plain = randomize(smp.Unet("resnet18", encoder_weights=None, classes=3)).eval()
+    resized = pag.resize_input(copy.deepcopy(plain), 0.5, example_input=shape)
+    gated = pag.retrofit(resized, 0.6, example_input=shape)
+    x = torch.randn(2, *shape[1:])
+    assert torch.equal(gated(x), resized(x))
+    pag.calibrate(gated, [x])
+    with pag.override_gates(gated, 0.4), pag.measure(gated) as measured, torch.no_grad():
+        expected = gated(x)
+    assert measured.fraction < 0.75
+    assert measured.compute_map.shape == (2, 96, 128)
+    assert measured.compute_map.sum() == pytest.approx(measured.macs)
+
+    pag.save_pretrained(gated, tmp_path)
+    for model in (None, plain, resized):
+        loaded = pag.from_pretrained(tmp_path, model=model)
+        assert loaded.pag_compute_fraction == gated.pag_compute_fraction
+        with pag.override_gates(loaded, 0.4):
+            assert torch.equal(loaded(x), expected)
+    fast = pag.deploy(loaded)
+    with pag.override_gates(fast, 0.4):
+        assert (fast(x) - expected).norm() < 1e-4 * expected.norm()
+
+    assert torch.equal(restore_input(pag.remove(copy.deepcopy(gated)))(x), plain(x))
+    with pytest.raises(pag.PagError, match="gated"):
+        pag.resize_input(pag.retrofit(plain, 0.6, example_input=shape), 0.5, example_input=shape)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.3, 0.1])
