@@ -21,6 +21,7 @@ from pag_retrofit.measurement import Measurement, measure, override_branches, ov
 from pag_retrofit.planning import Plan, plan
 from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import remove, retrofit
+from pag_retrofit.timing import budget_in_time
 
 __all__ = [
     "Annealer",
@@ -38,6 +39,7 @@ __all__ = [
     "RetrofitConfig",
     "TrainingError",
     "average_branches",
+    "budget_in_time",
     "calibrate",
     "convert_aspp",
     "deploy",

@@ -37,7 +37,8 @@ def calibrate(
     Args:
         gated: A gated network, trained; evaluated here in evaluation mode.
         batches: Input tensors (B, C, H, W), prepared as for evaluation; kept in memory.
-        budgets: Compute fractions; default the budget of the retrofit.
+        budgets: Fractions of the compute, or of the time after `budget_in_time`; default the
+            budget of the retrofit.
 
     Returns:
         Budget -> fraction measured on the batches. One that is more than 0.5 points off is
@@ -173,7 +174,8 @@ def _measured(gated: nn.Module, images: list[Tensor]) -> tuple[float, dict[str, 
     with measure(gated) as measured:
         for batch in images:
             gated(batch)
-    return measured.fraction, measured.open_rates
+    timed = measured.time_fraction
+    return measured.fraction if timed is None else timed, measured.open_rates
 
 
 def _set_offset(gated: nn.Module, offset: float) -> None:

@@ -91,11 +91,14 @@ class DeployedNetwork(nn.Module):
         return pytree.tree_unflatten(results, out_spec)
 
     @torch.no_grad()
-    def profile(self, *tensors: Tensor) -> list[tuple[str, tuple[Any, ...], float]]:
-        """Time every kernel call of one pass; native kernels only.
+    def profile(
+        self, *tensors: Tensor, rounds: int = 1
+    ) -> list[tuple[str, tuple[Any, ...], float]]:
+        """Time every kernel call of a pass; native kernels only.
 
         Args:
             tensors: What `forward` takes.
+            rounds: Passes, of which the fastest call counts.
 
         Returns:
             Kind, what the call was made of (a convolution's `ConvolutionArguments`), and seconds.
@@ -103,7 +106,7 @@ class DeployedNetwork(nn.Module):
         leaves, spec = pytree.tree_flatten((tensors, {}))
         program, _ = self._program(self._key(leaves, spec), leaves, spec)
         with using(self.backend):
-            return program.time_calls(leaves)
+            return program.time_calls(leaves, rounds)
 
     def _key(self, leaves: list[Any], spec: Any) -> tuple[Any, ...]:
         """What a program holds for: shapes."""

@@ -21,6 +21,7 @@ from pag_retrofit.building import (
     read_metadata,
 )
 from pag_retrofit.calibration import set_budget
+from pag_retrofit.gates import state_of
 from pag_retrofit.io import (
     CONFIG_NAME,
     METADATA_KEY,
@@ -47,6 +48,8 @@ class Evaluation:
         fraction: measured compute fraction; 1 for an ungated network, more for one whose branches
             are averaged.
         open_rates: share of open pixels by gate; empty for an ungated network.
+        time_fraction: time told from what is computed, as a fraction of that without gates; only
+            for networks whose budget is in time.
     """
 
     metrics: dict[str, Any]
@@ -54,6 +57,7 @@ class Evaluation:
     seconds: float
     fraction: float = 1.0
     open_rates: dict[str, float] = field(default_factory=dict)
+    time_fraction: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -63,6 +67,7 @@ class Evaluation:
             "images": self.images,
             "seconds": round(self.seconds, 2),
             "open_rates": self.open_rates,
+            **({} if self.time_fraction is None else {"time_fraction": self.time_fraction}),
         }
 
 
@@ -127,6 +132,11 @@ def is_gated(network: nn.Module) -> bool:
     return hasattr(network, "pag_state")
 
 
+def is_timed(network: nn.Module) -> bool:
+    """Whether a network is gated and its budget is in time."""
+    return is_gated(network) and state_of(network).times is not None
+
+
 @torch.no_grad()
 def evaluate_network(
     network: nn.Module,
@@ -173,14 +183,15 @@ def evaluate_network(
             module.training = training
     if counts is None:
         raise ValueError("batches is empty; there is nothing to evaluate")
-    fraction, open_rates = shares.means()
-    fraction *= float(getattr(network, "pag_compute_fraction", 1.0))  # of a smaller input
+    fraction, time_fraction, open_rates = shares.means()
+    before = float(getattr(network, "pag_compute_fraction", 1.0))  # such as of a smaller input
     return Evaluation(
         metrics=task.metrics(counts),
         images=images,
         seconds=time.perf_counter() - started,
-        fraction=fraction,
+        fraction=before * fraction,
         open_rates=open_rates,
+        time_fraction=before * time_fraction if is_timed(network) else None,
     )
 
 
@@ -193,25 +204,29 @@ class _Shares:
         self._count = 0
 
     def add(self, names: list[str], values: Tensor) -> None:
-        """Adds rows of (fraction, open rate of each gate), one per image."""
+        """Adds rows of (fraction, time fraction, open rate of each gate), one per image."""
         self._names = names
         total = values.sum(0).cpu()
         self._sum = total if self._sum is None else self._sum + total
         self._count += len(values)
 
-    def means(self) -> tuple[float, dict[str, float]]:
-        """Mean fraction, and mean open rate by gate."""
+    def means(self) -> tuple[float, float, dict[str, float]]:
+        """Mean fraction, mean time fraction, and mean open rate by gate."""
         if self._sum is None:
-            return 1.0, {}
-        fraction, *rates = (self._sum / self._count).tolist()
-        return fraction, dict(zip(self._names, rates, strict=True))
+            return 1.0, 1.0, {}
+        fraction, time_fraction, *rates = (self._sum / self._count).tolist()
+        return fraction, time_fraction, dict(zip(self._names, rates, strict=True))
 
 
 def _shares_of_images(measured: Measurement) -> Tensor:
-    """Compute fraction and open rate of each gate, (B, 1 + gates) float64, of a single pass."""
+    """Fraction, time fraction and open rates of a single pass, (B, 2 + gates) float64.
+
+    Without times the second is that of the compute.
+    """
     fractions = measured.compute_map.sum((1, 2)) * measured.images / measured.total_macs  # (B,)
+    times = fractions if measured.time_fractions is None else measured.time_fractions
     rates = [mask.double().mean((1, 2, 3)) for mask in measured.masks.values()]
-    return torch.stack([fractions, *rates], dim=1)
+    return torch.stack([fractions, times, *rates], dim=1)
 
 
 def _gather(values: Tensor, accelerator: Accelerator | None) -> Tensor:

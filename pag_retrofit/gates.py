@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -373,22 +373,83 @@ def _gated_copy(mixin: type, module: nn.Module, gate: PixelGate) -> Any:
     return gated
 
 
+@dataclass(frozen=True)
+class SiteTime:
+    """What a gate saves of the time, and between which counts.
+
+    Args:
+        saved: By closing every pixel, as a fraction of the time of the network without gates.
+        opened: MACs of the site with every pixel open over those of its operations.
+        closed: The same with every pixel closed.
+    """
+
+    saved: float
+    opened: float
+    closed: float
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if not (0 <= self.saved < math.inf and -math.inf < self.closed < self.opened < math.inf):
+            raise PagError(f"{self}: expected saved >= 0 and opened > closed")
+
+
+@dataclass(frozen=True)
+class NetworkTimes:
+    """Time of a deployed network as a function of what its sites compute.
+
+    Args:
+        opened: With every pixel open, as a fraction of the time of the network without gates.
+        sites: By name.
+    """
+
+    opened: float
+    sites: Mapping[str, SiteTime]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetworkTimes:
+        """Build them from plain values, as `dataclasses.asdict` gives them."""
+        sites = {
+            str(name): SiteTime(*(float(of[key]) for key in ("saved", "opened", "closed")))
+            for name, of in values["sites"].items()
+        }
+        return cls(float(values["opened"]), sites)
+
+    @property
+    def floor(self) -> float:
+        """Smallest fraction of the time: every pixel closed."""
+        return self.opened - math.fsum(site.saved for site in self.sites.values())
+
+    def fraction(self, ratios: Mapping[str, Any]) -> Any:
+        """Time as a fraction of that of the network without gates.
+
+        Args:
+            ratios: Site -> its MACs over those of its operations if all pixels are computed,
+                numbers or tensors.
+        """
+        left = self.opened
+        for name, site in self.sites.items():
+            skipped = (site.opened - ratios[name]) / (site.opened - site.closed)
+            left = left - site.saved * skipped
+        return left
+
+
 @dataclass
 class RetrofitState:
     """What a gated network knows about its retrofit; the attribute `pag_state` of the network.
 
     Args:
         config: Of the retrofit.
-        budget: The compute fraction asked for.
+        budget: The fraction asked for: of the compute, or of the time.
         example_shape: (B, C, H, W) of the input the plan was made for.
         total_macs: Of the original network on that input.
         gateable_share: Of `total_macs` inside sites.
-        floor: Smallest compute fraction the gated network can reach; above 1 where selectors of
+        floor: Smallest fraction the gated network can reach; above 1 where selectors of
             MultiPool have no identity to choose.
-        rho: Compute fraction that the sparsity loss aims at now; moved by `Annealer`.
+        rho: Fraction that the sparsity loss aims at now; moved by `Annealer`.
         operating_points: Budget -> logit offset of all gates, set by `calibrate`.
         active_budget: The operating point in use, if one is.
         open_rates: Budget -> site -> mean open rate on the images it was calibrated on.
+        times: What gates save of the time, if budgets count that; see `use_times`.
     """
 
     config: RetrofitConfig
@@ -401,6 +462,7 @@ class RetrofitState:
     operating_points: dict[float, float] = field(default_factory=dict)
     active_budget: float | None = None
     open_rates: dict[float, dict[str, float]] = field(default_factory=dict)
+    times: NetworkTimes | None = None
 
     @property
     def lowest_budget(self) -> float:
@@ -428,6 +490,20 @@ def named_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
     for module in gated.modules():
         if isinstance(module, Gate):
             yield module.site, module
+
+
+def use_times(gated: nn.Module, times: NetworkTimes) -> None:
+    """Let the budgets of a network count time.
+
+    Raises:
+        PagError: The times are not those of its sites.
+    """
+    wanted = {site for site, gate in named_gates(gated) if not gate.inside}
+    if times.sites.keys() != wanted:
+        different = sorted(times.sites.keys() ^ wanted)
+        raise PagError(f"times of other sites than those of the network: {different[:5]}")
+    state = state_of(gated)
+    state.times, state.floor = times, times.floor
 
 
 def turn_dials(gated: nn.Module, fraction: float) -> None:

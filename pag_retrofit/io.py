@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pag_retrofit.calibration import set_budget
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import CheckpointError, PagError
-from pag_retrofit.gates import named_gates, state_of
+from pag_retrofit.gates import NetworkTimes, named_gates, state_of, use_times
 from pag_retrofit.resizing import ResizedInput, resize_input, restore_input
 from pag_retrofit.surgery import remove, retrofit
 
@@ -279,6 +279,7 @@ def _describe(gated: nn.Module) -> dict[str, Any]:
         "operating_points": sorted(state.operating_points.items()),
         "active_budget": state.active_budget,
         "open_rates": sorted(state.open_rates.items()),
+        "times": None if state.times is None else dataclasses.asdict(state.times),
     }
 
 
@@ -315,6 +316,8 @@ def _restore(
         state.open_rates = {
             float(b): {str(site): float(rate) for site, rate in of.items()} for b, of in rates
         }
+        if description.get("times") is not None:  # files of earlier releases lack it
+            use_times(gated, NetworkTimes.from_dict(description["times"]))
         if description["active_budget"] is not None:
             set_budget(gated, description["active_budget"])
     except CheckpointError:

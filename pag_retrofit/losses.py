@@ -17,13 +17,15 @@ def expected_fraction(gated: nn.Module) -> Tensor:
 
     Counts gates, selectors, bypasses and halos; a halo pixel is as probable as the most probable
     output pixel that needs it. Mean over the batch and, if `torch.distributed` is initialised,
-    over all processes; the gradient is that of this process's share.
+    over all processes; the gradient is that of this process's share. After `budget_in_time` it is
+    the fraction of the time.
 
     Raises:
         PagError: No forward pass in training mode came before.
     """
     state = state_of(gated)
-    active, full = torch.zeros(()), torch.zeros(())
+    active: dict[str, Tensor] = {}
+    full: dict[str, int] = {}
     seen = _observed(gated)
     probabilities = {gate.site: p for gate, p in seen}
     for gate, probability in seen:
@@ -31,9 +33,14 @@ def expected_fraction(gated: nn.Module) -> Tensor:
             continue
         size, mask = gate.last_input_size, gate.site_mask(probability)
         height, width = mask.shape[2:]
-        active = active + gate.cost.active_macs(mask, size, probabilities).sum()
-        full = full + mask.shape[0] * gate.cost.full_macs(size, (height, width))
-    return _average(1 + (active / full - 1) * state.gateable_share)
+        active[gate.site] = gate.cost.active_macs(mask, size, probabilities).sum()
+        full[gate.site] = mask.shape[0] * gate.cost.full_macs(size, (height, width))
+    if state.times is not None:
+        fraction = state.times.fraction({site: active[site] / full[site] for site in active})
+    else:
+        computed = torch.stack(list(active.values())).sum() / sum(full.values())
+        fraction = 1 + (computed - 1) * state.gateable_share
+    return _average(fraction)
 
 
 def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import as_map, pattern_mask
-from pag_retrofit.gates import Gate, MaskOverride, named_gates, state_of
+from pag_retrofit.gates import Gate, MaskOverride, NetworkTimes, named_gates, state_of
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.tracing import MacCounter
 
@@ -37,10 +37,17 @@ class Measurement:
             pass, int64 (B, h, w), on the CPU.
         compute_map: MACs per input pixel of the last forward pass, float64 (B, H, W), on the
             CPU. What is computed densely is spread evenly; the sum is that pass's `macs`.
+        time_fractions: Of each image of the last forward pass, float64 (B,), on the CPU: its time
+            over that of the network without gates, told from what its sites compute; None if no
+            `budget_in_time` measured what that takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: NetworkTimes | None = None) -> None:
         """Start at zero."""
+        self.time_fractions: Tensor | None = None
+        self._times = times
+        self._time = 0.0
+        self._ratios: dict[str, Tensor] = {}
         self.images = 0
         self.macs = 0
         self.total_macs = 0
@@ -63,6 +70,20 @@ class Measurement:
         """
         self._check_ran()
         return self.macs / self.total_macs
+
+    @property
+    def time_fraction(self) -> float | None:
+        """Mean of `time_fractions` over all images."""
+        self._check_ran()
+        return self._time / self.images if self._times is not None else None
+
+    @property
+    def site_ratios(self) -> dict[str, float]:
+        """Site -> its MACs over those of its operations with all pixels computed; the last pass.
+
+        Sites inside others are left out.
+        """
+        return {site: float(ratios.mean()) for site, ratios in self._ratios.items()}
 
     @property
     def open_rates(self) -> dict[str, float]:
@@ -116,9 +137,15 @@ class Measurement:
             dense -= maps * seen.overhead
             self._note(seen)
             if not seen.gate.inside:  # else the branch around it counts it
-                dense -= maps * seen.gate.cost.full_macs(seen.size, (out_height, out_width))
-                needed += self._add_site(seen, choices)
+                full = maps * seen.gate.cost.full_macs(seen.size, (out_height, out_width))
+                of_images = self._add_site(seen, choices)
+                dense -= full
+                needed += int(of_images.sum())
+                self._ratios[seen.gate.site] = of_images * (batch / full)
         self._dense_macs = dense
+        if self._times is not None:
+            self.time_fractions = self._times.fraction(self._ratios)
+            self._time += float(self.time_fractions.sum())
         self.images += batch
         self.macs += dense + needed
         self.total_macs += original
@@ -135,15 +162,16 @@ class Measurement:
             for factor in seen.gate.spec.factors:
                 counts[factor] = counts.get(factor, 0) + int((chosen == factor).sum())
 
-    def _add_site(self, seen: _Decision, choices: Mapping[str, Tensor]) -> int:
-        """Paint the map of a site, and return its MACs."""
+    def _add_site(self, seen: _Decision, choices: Mapping[str, Tensor]) -> Tensor:
+        """Paint the map of a site, and return its MACs in each image, float64 (B,)."""
         assert self._site_map is not None
-        total = 0
+        images = self._input_shape[0]
+        total = torch.zeros(images, dtype=torch.float64)
         mask = seen.gate.site_mask(seen.decision)
         for macs, where in seen.gate.cost.charges(mask, seen.size, choices):
-            count = int(where.double().sum())
-            if macs and count:
-                total += macs * count
+            counts = where.double().cpu().reshape(images, -1).sum(1)
+            if macs and counts.any():
+                total += macs * counts
                 self._site_map += macs * _spread(where, self._site_map.shape)
         return total
 
@@ -203,8 +231,7 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
     Raises:
         PagError: The network is not gated.
     """
-    state_of(gated)
-    result = Measurement()
+    result = Measurement(state_of(gated).times)
     counter = MacCounter()
     counted = [0]
 

@@ -367,7 +367,10 @@ class GatedSection(Schedule):
 
     Attributes:
         gate_lr: peak learning rate of the gates.
-        budgets: target compute fractions; one run each.
+        budgets: target fractions; one run each.
+        budget_in: what they are fractions of: `compute`, or `time`, that of the deployed network
+            without gates, which is measured on the CPU before training (see
+            `pag_retrofit.budget_in_time`).
         sparsity: the sparsity loss.
         annealing: from ungated to the budget.
         retrofit: fields of `pag_retrofit.RetrofitConfig`.
@@ -376,6 +379,7 @@ class GatedSection(Schedule):
 
     gate_lr: Positive
     budgets: Annotated[tuple[Fraction, ...], AfterValidator(_not_empty)]
+    budget_in: Literal["compute", "time"] = "compute"
     sparsity: SparsitySection = SparsitySection()
     annealing: AnnealingSection = AnnealingSection()
     retrofit: RetrofitFields = {}

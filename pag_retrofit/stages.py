@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ from pag_retrofit.config import POLICIES, RetrofitConfig
 from pag_retrofit.conversion import average_branches
 from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import Evaluation
-from pag_retrofit.gates import state_of
+from pag_retrofit.gates import NetworkTimes, state_of, use_times
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
 from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import retrofit
+from pag_retrofit.timing import budget_in_time
 from pag_retrofit.training import Stage, Trainer
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,19 @@ def _starting_network(stage: Stage, recipe: Recipe) -> nn.Module:
         config = replace(config, gate=replace(config.gate, dial=True))
     elif stage.kind in POLICIES:
         config = replace(config, policy=stage.kind)
-    return retrofit(network, budget, example_input=shape, config=config, inplace=True)
+    retrofit(network, budget, example_input=shape, config=config, inplace=True)
+    if stage.schedule.budget_in == "time":
+        _count_time(network, shape, stage.folder / "times.json")
+    return network
+
+
+def _count_time(network: nn.Module, shape: tuple[int, ...], file: Path) -> None:
+    """Let a gated network's budget be in time, measured once: what goes on must not differ."""
+    state = process_state()
+    if state.is_main_process and not file.is_file():
+        write_json(file, asdict(budget_in_time(network, example_input=shape)))
+    state.wait_for_everyone()
+    use_times(network, NetworkTimes.from_dict(json.loads(file.read_text(encoding="utf-8"))))
 
 
 def _dense_network(recipe: Recipe) -> nn.Module:

@@ -372,7 +372,8 @@ class Trainer:
     def _is_best(self, record: Mapping[str, Any]) -> bool:
         """Whether a record beats the best one; gated networks must be within their budget."""
         budget = self.stage.budget
-        if budget is not None and record["fraction"] > budget + 0.01:
+        spent = record.get("time_fraction", record["fraction"])
+        if budget is not None and spent > budget + 0.01:
             return False
         best, metric = self.progress.best, self.task.metric
         if best is None:

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from pag_retrofit import from_pretrained, measure
+from pag_retrofit import from_pretrained, measure, timing
 from pag_retrofit.building import build_network, save_weights
 from pag_retrofit.checkpoints import locked
 from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
@@ -194,6 +194,25 @@ def check_combined(loaded, fraction):
     assert loaded.pag_state.config.policy == "pixel"
     # Gates calibrated after one epoch are not exact; what was reported counts the whole image.
     assert fraction == pytest.approx(0.5, abs=0.1)
+
+
+def test_budgets_may_be_in_time(recipe, monkeypatch):
+    def time_sites(_gated, sites, *_):
+        return timing._Timing(1.0, 1.1, 0.2, {site: float(k) for k, site in enumerate(sites, 1)})
+
+    monkeypatch.setattr(timing, "_time_sites", time_sites)
+    settings = ("stages=[dense, gated]", "dense.epochs=1", "gated.budget_in=time")
+    given = recipe(*settings, "gated.budgets=[0.8]", "gated.gate_lr=0.5")
+    final = finetune(given)["gated-0.80"]["final"]
+    loaded = from_pretrained(given.output / "gated-0.80")
+    times = loaded.pag_state.times
+    assert times is not None and loaded.pag_state.floor == times.floor
+    assert loaded.pag_state.operating_points.keys() == {0.8}
+    assert final["time_fraction"] == pytest.approx(0.8, abs=0.1)
+    assert final["time_fraction"] != final["fraction"]
+    # What was measured is kept: a run that goes on must not see other times.
+    measured = json.loads((given.output / "gated-0.80" / "times.json").read_text())
+    assert measured["opened"] == times.opened
 
 
 def test_the_dial_is_one_network_scored_at_every_budget(recipe):
