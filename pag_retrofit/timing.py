@@ -31,6 +31,10 @@ from pag_retrofit.measurement import measure, override_gates
 from pag_retrofit.surgery import remove
 from pag_retrofit.tracing import example_tensor, in_mode
 
+_OPEN, _HALF, _CLOSED = (
+    MaskOverride(density, pattern, 0)
+    for density, pattern in ((1.0, "all"), (0.5, "blobs"), (0.0, "none"))
+)
 _PASSES = 4
 """Of which the fastest call of each kernel counts, each time that a state has its turn."""
 
@@ -41,11 +45,11 @@ def budget_in_time(
 ) -> NetworkTimes:
     """Let the budget of a gated network count time instead of multiply-accumulates.
 
-    Deploys the network and times its kernels with all gates open and all closed; between the two,
-    time is taken to follow each site's multiply-accumulates. From then on the sparsity loss,
-    `Annealer` and `calibrate` understand fractions as those of the time that the deployed network
-    takes without gates; `Measurement.time_fraction` tells it. The times are those of this machine
-    with the present number of threads, and are saved with the network.
+    Deploys the network and times its kernels with all gates open, half open and closed; between
+    these, a site's time is taken to be a parabola of its multiply-accumulates. From then on the
+    sparsity loss, `Annealer` and `calibrate` understand fractions as those of the time that the
+    deployed network takes without gates; `Measurement.time_fraction` tells it. The times are those
+    of this machine with the present number of threads, and are saved with the network.
 
     Args:
         gated: A gated network, on the CPU.
@@ -65,11 +69,12 @@ def budget_in_time(
     opened, closed = (_site_ratios(gated, example, share) for share in (1.0, 0.0))
     timing = _time_sites(gated, list(gates), example, rounds)
     # Of calls that serve several sites each has the whole: together they save what all do.
-    alone = sum(timing.saved.values())
+    alone = sum(saved for saved, _ in timing.sites.values())
     together = max(0.0, timing.opened - timing.closed)
-    share = together / (alone * timing.plain) if alone > 0 else 0.0
+    unit = together / (alone * timing.plain) if alone > 0 else 0.0
     sites = {
-        site: SiteTime(timing.saved[site] * share, opened[site], closed[site]) for site in gates
+        site: SiteTime(saved * unit, opened[site], closed[site], excess * unit)
+        for site, (saved, excess) in timing.sites.items()
     }
     times = NetworkTimes(timing.opened / timing.plain, sites)
     if state.budget < times.floor:
@@ -90,37 +95,62 @@ def _site_ratios(gated: nn.Module, example: Tensor, density: float) -> dict[str,
 
 
 class _Timing(NamedTuple):
-    """Seconds of a deployed network without gates, all open, and all closed; saved by each one."""
+    """Seconds of a deployed network without gates, all open, and all closed; and of each site.
+
+    A site's are what it saves with every pixel closed, and does not save with half of them.
+    """
 
     plain: float
     opened: float
     closed: float
-    saved: dict[str, float]
+    sites: dict[str, tuple[float, float]]
 
 
 def _time_sites(gated: nn.Module, sites: Sequence[str], example: Tensor, rounds: int) -> _Timing:
-    """Time three states of the network, and share what closing saves out among the gates.
+    """Time the network in a few states, and share what gates save out among them.
 
     Each alone saves too little to be timed. How many pixels a call computes says whose it is.
     """
     plain = deploy(remove(copy.deepcopy(gated)), backend="cpu")
     deployed = deploy(gated, backend="cpu")
-    states: dict[float | None, list[_Call]] = {}
-    for _ in range(rounds):  # in turn: the machine's speed changes in the meantime
-        for density in (None, 1.0, 0.0):
-            with _all_gates(deployed, density or 0.0):
-                calls = _calls(plain if density is None else deployed, example, _PASSES)
-            earlier = states.get(density, calls)
-            states[density] = [min(pair) for pair in zip(calls, earlier, strict=True)]
+    seconds_plain, *states = _fastest(plain, deployed, example, rounds)
     gates = dict(named_gates(deployed))
-    saved = {}
+    found = {}
     for site in sites:
-        with _all_gates(deployed, 1.0), _closed(gates[site]):
+        with _all_gates(deployed, _OPEN), _closed(gates[site]):
             alone = _calls(deployed, example, 1)
-        triples = zip(alone, states[1.0], states[0.0], strict=True)
-        saved[site] = max(0.0, sum(_saved(*triple) for triple in triples))
-    seconds = {density: sum(call.seconds for call in calls) for density, calls in states.items()}
-    return _Timing(seconds[None], seconds[1.0], seconds[0.0], saved)
+        saved, excess = 0.0, 0.0
+        for call, opened, half, closed in zip(alone, *states, strict=True):
+            if opened.pixels != closed.pixels:
+                share = (opened.pixels - call.pixels) / (opened.pixels - closed.pixels)
+                saved += share * (opened.seconds - closed.seconds)
+                excess += share * _excess(opened, half, closed)
+        found[site] = max(saved, 0.0), max(excess, 0.0)
+    totals = [sum(call.seconds for call in state) for state in (seconds_plain, *states)]
+    return _Timing(totals[0], totals[1], totals[3], found)
+
+
+def _fastest(
+    plain: DeployedNetwork, deployed: DeployedNetwork, example: Tensor, rounds: int
+) -> list[list[_Call]]:
+    """The fastest of each call: without gates, and with all of them open, half open, closed."""
+    states: list[list[_Call]] = []
+    for _ in range(rounds):  # in turn: the machine's speed changes in the meantime
+        calls = [_calls(plain, example, _PASSES)]
+        for override in (_OPEN, _HALF, _CLOSED):
+            with _all_gates(deployed, override):
+                calls.append(_calls(deployed, example, _PASSES))
+        states = [
+            [min(pair) for pair in zip(new, old, strict=True)]
+            for new, old in zip(calls, states or calls, strict=True)
+        ]
+    return states
+
+
+def _excess(opened: _Call, half: _Call, closed: _Call) -> float:
+    """Seconds that a call takes longer, half open, than its share of pixels says."""
+    share = (half.pixels - closed.pixels) / (opened.pixels - closed.pixels)
+    return half.seconds - closed.seconds - share * (opened.seconds - closed.seconds)
 
 
 class _Call(NamedTuple):
@@ -146,24 +176,16 @@ def _listed(made_of: tuple[Any, ...]) -> int:
     return int(lengths[-1]) if lengths and lengths[-1].numel() == 1 else 0
 
 
-def _saved(alone: _Call, opened: _Call, closed: _Call) -> float:
-    """Seconds that a call takes less with one gate closed: its time follows its pixels."""
-    if opened.pixels == closed.pixels:
-        return 0.0
-    per_pixel = (opened.seconds - closed.seconds) / (opened.pixels - closed.pixels)
-    return per_pixel * (opened.pixels - alone.pixels)
-
-
 @contextlib.contextmanager
-def _all_gates(deployed: DeployedNetwork, density: float) -> Iterator[None]:
-    with override_gates(deployed, density, pattern="all" if density else "none"):
+def _all_gates(deployed: DeployedNetwork, override: MaskOverride) -> Iterator[None]:
+    with override_gates(deployed, override.density, pattern=override.pattern):
         yield
 
 
 @contextlib.contextmanager
 def _closed(gate: Gate) -> Iterator[None]:
     before = gate.override
-    gate.override = MaskOverride(0.0, "none", 0)
+    gate.override = _CLOSED
     try:
         yield
     finally:

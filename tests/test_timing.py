@@ -38,7 +38,7 @@ def made_up(gated: nn.Module, opened: float = 1.1, floor: float = 0.3) -> Networ
     """Times of its sites that grow from the first one to the last."""
     sites = [site for site, gate in named_gates(gated) if not gate.inside]
     unit = (opened - floor) / sum(range(1, len(sites) + 1))
-    found = {site: SiteTime(unit * k, 1.02, 0.1) for k, site in enumerate(sites, 1)}
+    found = {site: SiteTime(unit * k, 1.02, 0.1, 0.1 * unit) for k, site in enumerate(sites, 1)}
     return NetworkTimes(opened, found)
 
 
@@ -59,6 +59,11 @@ def test_time_follows_what_sites_compute() -> None:
     assert times.fraction({"a": 1.0, "b": 1.1}) == pytest.approx(1.05)
     assert times.fraction({"a": 0.2, "b": 0.0}) == pytest.approx(times.floor)
     assert times.fraction({"a": 0.6, "b": 1.1}) == pytest.approx(0.85)
+    sites["a"] = SiteTime(0.4, 1.0, 0.2, excess=0.05)
+    bent = NetworkTimes(1.05, sites)
+    assert bent.floor == times.floor
+    assert bent.fraction({"a": 0.6, "b": 1.1}) == pytest.approx(0.9)
+    assert bent.fraction({"a": 0.2, "b": 0.0}) == pytest.approx(times.floor)
     assert NetworkTimes.from_dict(asdict(times)) == times
 
 
@@ -82,12 +87,17 @@ def test_the_loss_and_measurements_count_time() -> None:
     times = made_up(gated)
     use_times(gated, times)
     x = torch.randn(SHAPE)
+    alone = []
+    for image in x:
+        with torch.no_grad(), pag.measure(gated) as measured:
+            gated(image[None])
+        ratios = measured.site_ratios
+        alone.append(times.fraction(ratios))
+        assert measured.time_fraction == pytest.approx(alone[-1])
     with torch.no_grad(), pag.measure(gated) as measured:
         gated(x), gated(x.flip(0))
-    ratios = measured.site_ratios
-    assert measured.time_fraction == pytest.approx(times.fraction(ratios))
-    assert measured.time_fractions.shape == (2,)
-    assert measured.time_fraction == pytest.approx(float(measured.time_fractions.mean()))
+    assert measured.time_fractions.tolist() == pytest.approx(alone[::-1])
+    assert measured.time_fraction == pytest.approx(sum(alone) / 2)
     assert measured.time_fraction != pytest.approx(measured.fraction, abs=0.01)
 
     gated.train()
@@ -153,10 +163,10 @@ def test_every_site_is_timed(pooled: bool) -> None:
     gated = pag.retrofit(plain, 1.0, example_input=(1, 3, 64, 96), config=config)
     before = copy.deepcopy(gated.state_dict())
     found = timing._time_sites(gated, _outer(gated), torch.randn(1, 3, 64, 96), 2)
-    assert found.saved.keys() == set(_outer(gated))
+    assert found.sites.keys() == set(_outer(gated))
     # Wide layers: nothing takes longer if it computes nothing.
     assert 0 < found.closed < found.opened and found.plain > 0
-    assert all(seconds > 0 for seconds in found.saved.values())
+    assert all(saved > 0 and excess >= 0 for saved, excess in found.sites.values())
     assert all(gate.override is None for _, gate in named_gates(gated))
     assert all(torch.equal(before[key], value) for key, value in gated.state_dict().items())
 
@@ -169,7 +179,8 @@ def test_what_all_save_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = network(budget=0.5)
     sites = _outer(gated)
     saved = {site: float(k) for k, site in enumerate(sites)}
-    fake = timing._Timing(10.0, 11.0, 4.0, saved)
+    found = {site: (seconds, 0.1 * seconds) for site, seconds in saved.items()}
+    fake = timing._Timing(10.0, 11.0, 4.0, found)
     monkeypatch.setattr(timing, "_time_sites", lambda *_: fake)
     times = pag.budget_in_time(gated, example_input=SHAPE)
     assert gated.pag_state.times is times
@@ -177,6 +188,7 @@ def test_what_all_save_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sum(saved.values())
     for site in sites:
         assert times.sites[site].saved == pytest.approx(0.7 * saved[site] / whole)
+        assert times.sites[site].excess == pytest.approx(0.07 * saved[site] / whole)
         assert 0 <= times.sites[site].closed < 0.5 < 1 <= times.sites[site].opened
 
     hopeless = network(budget=0.3)
@@ -185,11 +197,10 @@ def test_what_all_save_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopeless.pag_state.times is None
 
 
-def test_a_call_saves_by_its_pixels() -> None:
+@pytest.mark.parametrize("half", [50, 60])
+def test_scattered_pixels_take_longer(half: int) -> None:
     call = timing._Call
-    assert timing._saved(call(0, 0), call(2.0, 100), call(0.0, 0)) == pytest.approx(2.0)
-    assert timing._saved(call(0, 50), call(2.0, 100), call(0.0, 0)) == pytest.approx(1.0)
-    assert timing._saved(call(0, 100), call(2.0, 100), call(0.0, 0)) == 0
-    # A bypass has work only where the gate is closed.
-    assert timing._saved(call(0, 100), call(0.0, 0), call(0.5, 100)) == pytest.approx(-0.5)
-    assert timing._saved(call(0, 0), call(2.0, 0), call(1.0, 0)) == 0
+    linear = call(0.5 + 0.015 * half, half)
+    assert timing._excess(call(2.0, 100), linear, call(0.5, 0)) == pytest.approx(0)
+    slower = call(linear.seconds + 0.2, half)
+    assert timing._excess(call(2.0, 100), slower, call(0.5, 0)) == pytest.approx(0.2)

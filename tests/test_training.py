@@ -198,7 +198,8 @@ def check_combined(loaded, fraction):
 
 def test_budgets_may_be_in_time(recipe, monkeypatch):
     def time_sites(_gated, sites, *_):
-        return timing._Timing(1.0, 1.1, 0.2, {site: float(k) for k, site in enumerate(sites, 1)})
+        found = {site: (float(k), 0.1) for k, site in enumerate(sites, 1)}
+        return timing._Timing(1.0, 1.1, 0.2, found)
 
     monkeypatch.setattr(timing, "_time_sites", time_sites)
     settings = ("stages=[dense, gated]", "dense.epochs=1", "gated.budget_in=time")
