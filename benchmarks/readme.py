@@ -214,12 +214,13 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     lines = []
     for name, run in results.items():
         points = run["points"]
+        if run["task"] == "multitask":
+            lines += [*_multitask_lines(name, run), ""]
+            continue
         shown, factor = _METRICS[run["metric"]]
         timed = any(point["times"] for point in points)
         lines += [
-            f"`recipes/{name}.yaml`: {shown}, {run['images']} held-out images; "
-            f"{run['epochs'][0]} epochs for the dense network, {run['epochs'][1]} more for every "
-            "other one.",
+            _recipe_line(name, shown, run),
             "",
             f"| network | budget | measured compute | {shown}, each seed | mean |"
             + (" deployed (ms) | fastest other runtime (ms) |" if timed else ""),
@@ -243,6 +244,37 @@ def tradeoff_table(results: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _recipe_line(name: str, shown: str, run: dict[str, Any]) -> str:
+    return (
+        f"`recipes/{name}.yaml`: {shown}, {run['images']} held-out images; {run['epochs'][0]} "
+        f"epochs for the dense network, {run['epochs'][1]} more for every other one."
+    )
+
+
+def _multitask_lines(name: str, run: dict[str, Any]) -> list[str]:
+    """One row per network, with a score of each task; one seed."""
+    points = sorted(run["points"], key=lambda point: _in_order((point["kind"], point["budget"])))
+    columns = [key for key in points[0]["scores"] if _task_metric(key) in _METRICS]
+    shown = [f"{key.partition('_')[0]}: {_METRICS[_task_metric(key)][0]}" for key in columns]
+    lines = [
+        _recipe_line(name, "four tasks by one network", run),
+        "",
+        "| network | budget | measured compute | " + " | ".join(shown) + " |",
+        "|---|---:|---:|" + "---:|" * len(columns),
+    ]
+    for point in points:
+        scores = [_METRICS[_task_metric(key)][1] * point["scores"][key] for key in columns]
+        budget = "" if point["budget"] is None else f"{point['budget']:g}"
+        cells = [_KINDS[point["kind"]], budget, f"{point['fraction']:.3f}"]
+        cells += [f"{score:.2f}" for score in scores]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _task_metric(key: str) -> str:
+    return key.partition("_")[2]
 
 
 def _least(times: dict[str, float]) -> float | None:

@@ -4,7 +4,7 @@
     python benchmarks/tradeoff.py runs/camvid_mobilenetv2,runs/camvid_mobilenetv2/seed-1
 
 Each argument is the output folder of a recipe, and after commas those of further seeds that began
-with its dense network; stages that are not complete are left out. Adds to
+with its dense network or have budgets in time; stages that are not complete are left out. Adds to
 benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With `--timed` it
 measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
 """
@@ -28,7 +28,7 @@ from pag_retrofit.checkpoints import write_json
 from pag_retrofit.pictures import map_panel, relative_compute_map, save_figure
 from pag_retrofit.recipe import Recipe, load_recipe
 from pag_retrofit.stages import environment
-from pag_retrofit.tradeoff import NAMES, Point, charts, with_times
+from pag_retrofit.tradeoff import NAMES, Point, charts, is_timed, with_times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tradeoff.json"
@@ -48,13 +48,18 @@ def read_points(folder: Path) -> list[tuple[Point, dict[str, float]]]:
         kind = re.sub(r"-\d\.\d\d$", "", metrics["stage"])
         if not metrics["complete"] or kind not in KINDS:
             continue
-        seed = load_recipe(file.parent / "recipe.yaml").seed
-        scores = {metrics["stage"]: (metrics["budget"], metrics["final"])}
+        recipe = load_recipe(file.parent / "recipe.yaml")
+        name = metrics["stage"]
+        if is_timed(kind, recipe):
+            kind, name = "timed", f"{folder.name}/{name}"
+        scores = {name: (metrics["budget"], metrics["final"])}
         if kind == "dial":
             points = metrics["operating_points"]
             scores = {f"dial@{budget}": (float(budget), found) for budget, found in points.items()}
         for name, (budget, final) in scores.items():
-            point = Point(name, kind, seed, budget, final["fraction"], final[metrics["metric"]])
+            point = Point(
+                name, kind, recipe.seed, budget, final["fraction"], final[metrics["metric"]]
+            )
             found.append((point, {k: v for k, v in final.items() if k not in NOT_SCORES}))
     return found
 
@@ -123,7 +128,7 @@ def main() -> None:
             for point in collected["points"]
         ]
         figures = charts(points, collected["metric"], recipe.name)
-        if recipe.task.name != "segmentation":
+        if recipe.task.name not in ("segmentation", "multitask"):
             figures["panel"] = draw_panel(folders[0], recipe)
         for name, figure in figures.items():
             path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"

@@ -24,6 +24,7 @@ from pag_retrofit.stages import environment, finetune, plan_stages
 
 NAMES = {
     "gated": "PAG",
+    "timed": "PAG, budget in time",
     "combined": "PAG on a smaller input",
     "dial": "PAG, one network",
     "layer": "whole layers, per image",
@@ -32,7 +33,7 @@ NAMES = {
     "truncation": "truncation",
     "resizing": "smaller input",
 }
-"""Stage -> name in charts."""
+"""Stage -> name in charts; `timed` is a gated stage whose budget is in time."""
 _METRICS = {
     "miou": "mIoU",
     "ods": "F measure (ODS)",
@@ -167,6 +168,11 @@ def _with_seed(recipe: Recipe, seed: int, first: int) -> Recipe:
     return recipe.model_copy(update=update)
 
 
+def is_timed(kind: str, recipe: Recipe) -> bool:
+    """Whether a stage's gates were trained to a budget in time."""
+    return kind == "gated" and recipe.gated is not None and recipe.gated.budget_in == "time"
+
+
 def _points(recipe: Recipe, seed: int) -> list[Point]:
     """Run a recipe and read what came out."""
     points = []
@@ -174,6 +180,7 @@ def _points(recipe: Recipe, seed: int) -> list[Point]:
     for name, metrics in finetune(recipe).items():
         stage, final = stages[name], metrics["final"]
         kind = stage.kind if stage.budget is not None else name
+        kind = "timed" if is_timed(kind, recipe) else kind
         scores = {None: final} if kind != "dial" else metrics["operating_points"]
         for budget, found in scores.items():
             points.append(
