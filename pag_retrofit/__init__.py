@@ -19,6 +19,7 @@ from pag_retrofit.io import ModelSpec, from_pretrained, load_file, save_file, sa
 from pag_retrofit.losses import expected_fraction, sparsity_loss
 from pag_retrofit.measurement import Measurement, measure, override_branches, override_gates
 from pag_retrofit.planning import Plan, plan
+from pag_retrofit.pruning import prune_gates
 from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import remove, retrofit
 from pag_retrofit.timing import budget_in_time
@@ -51,6 +52,7 @@ __all__ = [
     "override_branches",
     "override_gates",
     "plan",
+    "prune_gates",
     "remove",
     "resize_input",
     "retrofit",

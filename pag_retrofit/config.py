@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pag_retrofit.errors import PagError
@@ -140,6 +141,10 @@ class RetrofitConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if not 0 <= self.min_share < 1:
             raise PagError(f"min_share={self.min_share!r}: expected a fraction in [0, 1)")
+
+    def only(self, sites: Iterable[str]) -> RetrofitConfig:
+        """The same for these sites alone, whatever `include` and `exclude` said."""
+        return replace(self, include=tuple(glob.escape(name) for name in sites), exclude=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with the version of the format."""

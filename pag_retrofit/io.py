@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -303,7 +302,8 @@ def _restore(
             _network(description, model, source),
             description["budget"],
             example_input=tuple(description["example_shape"]),
-            config=_only(config, description["sites"]),
+            # This release may know of more sites than the one that saved it.
+            config=config.only(description["sites"]),
             inplace=True,
         )
         _check_sites(gated, description, source)
@@ -328,12 +328,6 @@ def _restore(
             f"({type(error).__name__}: {error})"
         ) from error
     return gated.eval()
-
-
-def _only(config: RetrofitConfig, sites: list[str]) -> RetrofitConfig:
-    """The configuration that gates the recorded sites, though this release may know of more."""
-    names = tuple(glob.escape(name) for name in sites)
-    return dataclasses.replace(config, include=names, exclude=())
 
 
 def _network(description: dict[str, Any], model: nn.Module | None, source: str) -> nn.Module:

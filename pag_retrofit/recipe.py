@@ -375,6 +375,8 @@ class GatedSection(Schedule):
         annealing: from ungated to the budget.
         retrofit: fields of `pag_retrofit.RetrofitConfig`.
         calibration_batches: batches of training images on which the budget is calibrated.
+        prune: gates that leave at least this share of their pixels open in calibration are taken
+            out, and the budget is calibrated anew.
     """
 
     gate_lr: Positive
@@ -384,6 +386,7 @@ class GatedSection(Schedule):
     annealing: AnnealingSection = AnnealingSection()
     retrofit: RetrofitFields = {}
     calibration_batches: Count = 8
+    prune: Fraction = 0.99
 
     @model_validator(mode="after")
     def _distinct_budgets(self) -> GatedSection:

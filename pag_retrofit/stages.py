@@ -39,6 +39,7 @@ from pag_retrofit.evaluation import Evaluation
 from pag_retrofit.gates import NetworkTimes, state_of, use_times
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
 from pag_retrofit.processes import process_state
+from pag_retrofit.pruning import prune_gates
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
 from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import retrofit
@@ -213,6 +214,12 @@ def _calibrate_and_evaluate(
     own = state_of(network).budget  # of what a smaller input leaves, if it sees one
     budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (own,)
     calibrate(network, images, budgets=budgets)
+    if pruned := prune_gates(network, least=stage.schedule.prune):
+        logger.info("%s: %d gates stay open and are taken out", stage.name, len(pruned))
+        if stage.schedule.budget_in == "time":
+            shape = state_of(network).example_shape
+            _count_time(network, shape, stage.folder / "times_pruned.json")
+        calibrate(network, images, budgets=budgets)
     evaluations = {}
     for budget in budgets:
         set_budget(network, budget)

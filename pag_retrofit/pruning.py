@@ -1,0 +1,87 @@
+"""Gates that never close only cost: they are taken out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pag_retrofit.calibration import set_budget
+from pag_retrofit.errors import PagError
+from pag_retrofit.gates import (
+    NetworkTimes,
+    PixelGate,
+    RetrofitState,
+    named_gates,
+    state_of,
+    use_times,
+)
+from pag_retrofit.surgery import remove, retrofit
+
+
+def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
+    """Take out the gates that left every pixel open in calibration, in place.
+
+    Training often leaves the gates of whole stages open. Without them there is nothing to decide,
+    list or bypass. Outputs change only where such a gate closes a pixel after all. Branch
+    selectors stay, and so do all gates if all would go. Calibrate again afterwards: gates have
+    costs.
+
+    Args:
+        gated: A gated network after `calibrate`. With several operating points a gate goes if it
+            is open at all of them.
+        least: Share of the pixels, in (0, 1], from which on a gate counts as open. Default 1.
+
+    Returns:
+        Names of the sites without gates now.
+
+    Raises:
+        PagError: The network is not gated, or was not calibrated, or the share is not valid.
+    """
+    if not 0 < least <= 1:
+        raise PagError(f"least={least!r}: expected a share of the pixels in (0, 1]")
+    state = state_of(gated)
+    if not state.open_rates:
+        raise PagError("gates are pruned by what they did in calibration: run calibrate() first")
+    gates = dict(named_gates(gated))
+    pruned = {site for site, gate in gates.items() if _is_open(site, gate, state, least)}
+    if not pruned or pruned == set(gates):
+        return ()
+    kept = [site for site in gates if site not in pruned]
+    training, values = gated.training, gated.state_dict()
+    remove(gated)
+    retrofit(
+        gated,
+        1.0,  # a floor above the budget would have shown in calibration
+        example_input=state.example_shape,
+        config=state.config.only(kept),
+        inplace=True,
+    )
+    own = gated.state_dict()
+    for name, tensor in (*gated.named_parameters(), *gated.named_buffers()):
+        if name in values:  # all that is saved
+            tensor.data = tensor.data.to(values[name])
+    gated.load_state_dict({name: values[name] for name in own})
+    gated.train(training)
+    _hand_over(state, gated)
+    return tuple(site for site in gates if site in pruned)
+
+
+def _is_open(site: str, gate: nn.Module, state: RetrofitState, least: float) -> bool:
+    rates = [of[site] for of in state.open_rates.values()]
+    return isinstance(gate, PixelGate) and min(rates) >= least
+
+
+def _hand_over(state: RetrofitState, gated: nn.Module) -> None:
+    """What the network knew before still holds for the sites that are left."""
+    own = state_of(gated)
+    sites = {site for site, _ in named_gates(gated)}
+    own.config, own.budget, own.rho = state.config, state.budget, state.rho
+    own.operating_points = dict(state.operating_points)
+    own.open_rates = {
+        budget: {site: rate for site, rate in of.items() if site in sites}
+        for budget, of in state.open_rates.items()
+    }
+    if state.times is not None:
+        left = {site: of for site, of in state.times.sites.items() if site in sites}
+        use_times(gated, NetworkTimes(state.times.opened, left))
+    if state.active_budget is not None:
+        set_budget(gated, state.active_budget)
