@@ -246,6 +246,38 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def half_table(results: dict[str, Any], budget: float = 0.5) -> str:
+    """What half of the compute is best spent on: one row per way."""
+    run = results["camvid_long"]
+    lines = [
+        f"The same network with {run['epochs'][1]} epochs instead of 8, at half of the compute:",
+        "",
+        "| network | measured compute | mIoU | deployed (ms) | fastest other runtime (ms) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    chosen = {p["kind"] for p in run["points"] if p["budget"] in (None, budget)} - {"timed"}
+    for kind in sorted(chosen, key=list(_KINDS).index):
+        found = [p for p in run["points"] if p["kind"] == kind and p["budget"] in (None, budget)]
+        scores = [100 * p["metric"] for p in found]
+        times = dict(next((p["times"] for p in found if p["times"]), {}))
+        cells = [
+            _KINDS[kind],
+            f"{statistics.mean(p['fraction'] for p in found):.3f}",
+            f"{statistics.mean(scores):.2f}" + (f" (of {len(scores)})" if len(scores) > 1 else ""),
+            *(
+                "" if ms is None else f"{ms:.0f}"
+                for ms in (times.pop("deployed", None), _least(times))
+            ),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Means over seeds where there are several; one thread. [All budgets, other tasks and what "
+        "does not hold](docs/tradeoff.md).",
+    ]
+    return "\n".join(lines)
+
+
 def _recipe_line(name: str, shown: str, run: dict[str, Any]) -> str:
     return (
         f"`recipes/{name}.yaml`: {shown}, {run['images']} held-out images; {run['epochs'][0]} "

@@ -52,9 +52,9 @@ def budget_in_time(
     of this machine with the present number of threads, and are saved with the network.
 
     Args:
-        gated: A gated network, on the CPU.
+        gated: A gated network; what is timed is a copy on the CPU.
         example_input: Tensor (B, C, H, W), or its shape: of the size that counts.
-        rounds: How often both are timed in turn; the fastest call of each kernel counts.
+        rounds: How often all is timed in turn; the fastest call of each kernel counts.
 
     Returns:
         The times, which the network now knows.
@@ -64,19 +64,20 @@ def budget_in_time(
         PagError: There are no native kernels, or the network is not gated.
     """
     state = state_of(gated)
-    example = example_tensor(gated, example_input)
-    gates = {site: gate for site, gate in named_gates(gated) if not gate.inside}
-    opened, closed = (_site_ratios(gated, example, share) for share in (1.0, 0.0))
-    timing = _time_sites(gated, list(gates), example, rounds)
+    copied = copy.deepcopy(gated).cpu()
+    example = example_tensor(copied, example_input)
+    sites = [site for site, gate in named_gates(copied) if not gate.inside]
+    opened, closed = (_site_ratios(copied, example, override) for override in (_OPEN, _CLOSED))
+    timing = _time_sites(copied, sites, example, rounds)
     # Of calls that serve several sites each has the whole: together they save what all do.
     alone = sum(saved for saved, _ in timing.sites.values())
     together = max(0.0, timing.opened - timing.closed)
     unit = together / (alone * timing.plain) if alone > 0 else 0.0
-    sites = {
+    found = {
         site: SiteTime(saved * unit, opened[site], closed[site], excess * unit)
         for site, (saved, excess) in timing.sites.items()
     }
-    times = NetworkTimes(timing.opened / timing.plain, sites)
+    times = NetworkTimes(timing.opened / timing.plain, found)
     if state.budget < times.floor:
         raise BudgetError(
             f"budget={state.budget!r} in time: with every pixel closed the network still takes "
@@ -86,12 +87,11 @@ def budget_in_time(
     return times
 
 
-def _site_ratios(gated: nn.Module, example: Tensor, density: float) -> dict[str, float]:
-    """MACs of each site over those of its operations, with all gates open or closed."""
-    pattern = "all" if density else "none"
-    with in_mode(gated), override_gates(gated, density, pattern=pattern), measure(gated) as found:
+def _site_ratios(gated: nn.Module, example: Tensor, override: MaskOverride) -> dict[str, float]:
+    """MACs of each site over those of its operations."""
+    with in_mode(gated), _all_gates(gated, override), measure(gated) as measured:
         gated(example)
-    return found.site_ratios
+    return measured.site_ratios
 
 
 class _Timing(NamedTuple):
@@ -176,10 +176,10 @@ def _listed(made_of: tuple[Any, ...]) -> int:
     return int(lengths[-1]) if lengths and lengths[-1].numel() == 1 else 0
 
 
-@contextlib.contextmanager
-def _all_gates(deployed: DeployedNetwork, override: MaskOverride) -> Iterator[None]:
-    with override_gates(deployed, override.density, pattern=override.pattern):
-        yield
+def _all_gates(
+    network: nn.Module, override: MaskOverride
+) -> contextlib.AbstractContextManager[None]:
+    return override_gates(network, override.density, pattern=override.pattern)
 
 
 @contextlib.contextmanager
