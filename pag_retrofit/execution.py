@@ -422,17 +422,17 @@ class MaxPool(Step):
 
 @dataclass(kw_only=True)
 class Resize(Step):
-    """Bilinear interpolation of a map.
+    """A map of another size: bilinear interpolation, antialiased or not.
 
     Args:
         source: Name of the map, (B, C, H, W).
-        steps: From one pixel of the result to the next, in pixels of the map.
-        aligned: The centres of the first pixels lie on each other.
+        rows: Of which rows of the map those of the result are made.
+        columns: The same of columns.
     """
 
     source: str
-    steps: tuple[float, float]
-    aligned: bool
+    rows: kernels.Taps
+    columns: kernels.Taps
 
     def reads(self) -> Iterator[str]:
         """Its source."""
@@ -440,8 +440,8 @@ class Resize(Step):
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Interpolate."""
-        out, rows = as_rows(values[self.writes], "BCHW"), as_rows(values[self.source], "BCHW")
-        kernels.resize(out, rows, self.steps, aligned=self.aligned)
+        out, source = as_rows(values[self.writes], "BCHW"), as_rows(values[self.source], "BCHW")
+        kernels.resize(out, source, self.rows, self.columns)
 
 
 @dataclass(kw_only=True)

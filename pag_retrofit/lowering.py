@@ -741,27 +741,33 @@ class _Lowering:
         return True
 
     def _visit_upsample_bilinear2d(self, node: Node) -> bool:
+        return self._resize(node, torch.ops.aten.upsample_bilinear2d.default)
+
+    def _visit__upsample_bilinear2d_aa(self, node: Node) -> bool:
+        return self._resize(node, torch.ops.aten._upsample_bilinear2d_aa.default)
+
+    def _resize(self, node: Node, operator: Callable[..., Tensor]) -> bool:
+        """Take rows and columns as weighted sums; an operator tells the weights itself."""
         source = self.real(node.args[0])
         before, after = shape_of(source), shape_of(node)
         if node.meta["val"].dtype is not torch.float32 or len(node.args) < 3:
             return False
-        aligned, factors = bool(node.args[2]), [*node.args[3:], None][0]
+        aligned, given = bool(node.args[2]), node.args[3:]
+        factors = given if len(given) == 2 else given[0] if given else None
         if not isinstance(factors, list | tuple | None):
             return False
-        steps = []
+        taps = []
         for axis in (0, 1):
             size, wanted = before[2 + axis], after[2 + axis]
-            if aligned:
-                steps.append((size - 1) / (wanted - 1) if wanted > 1 else 0.0)
-            else:
-                steps.append(1 / factors[axis] if factors else size / wanted)
+            whole = torch.eye(size)[None, None]
+            factor = factors[axis] if factors else None
+            matrix = operator(whole, [wanted, size], aligned, factor, None)[0, 0]
+            taps.append(kernels.Taps.of_matrix(matrix))
         self.make(source)
         buffer = Buffer((after[0], after[2], after[3], after[1]), "BCHW")
         self.state.steps += [
             Allocate(writes=node.name, buffer=buffer),
-            Resize(
-                writes=node.name, source=source.name, steps=(steps[0], steps[1]), aligned=aligned
-            ),
+            Resize(writes=node.name, source=source.name, rows=taps[0], columns=taps[1]),
         ]
         self.state.made.add(node)
         if source in self.not_negative:

@@ -573,10 +573,16 @@ class Resized(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("target", [{"size": (40, 50)}, {"scale_factor": (1.7, 2.3)}])
-def test_bilinear_interpolation(target: dict[str, Any], aligned: bool) -> None:
-    gated = gate_all(randomize(Resized({**target, "align_corners": aligned})))
+@pytest.mark.parametrize(
+    "way", [{"align_corners": True}, {"align_corners": False}, {"antialias": True}], ids=str
+)
+@pytest.mark.parametrize(
+    "target",
+    [{"size": (40, 50)}, {"size": (9, 31)}, {"scale_factor": (1.7, 2.3)}, {"scale_factor": 0.37}],
+    ids=str,
+)
+def test_bilinear_interpolation(target: dict[str, Any], way: dict[str, Any]) -> None:
+    gated = gate_all(randomize(Resized({**target, **way})))
     for backend in ("auto", "reference"):
         deployed = pag.deploy(gated, backend)
         agree(gated, deployed, torch.randn(SHAPE), 0.5, "random")

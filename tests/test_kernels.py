@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from pag_retrofit import functional as pf
 from pag_retrofit import kernels
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
-from pag_retrofit.kernels import native, operators, reference
+from pag_retrofit.kernels import Taps, native, operators, reference
 from pag_retrofit.kernels.arguments import ConvolutionArguments
 from pag_retrofit.kernels.packing import (
     pack_weight,
@@ -663,23 +663,65 @@ class TestWholeMaps:
                 module.max_pool(out, x.permute(0, 2, 3, 1).contiguous(), flat)
                 assert torch.equal(out.permute(0, 3, 1, 2), expected)
 
-    @pytest.mark.parametrize("aligned", [False, True])
+    @pytest.mark.parametrize("channels", [3, 19, 1500])
+    @pytest.mark.parametrize("way", ["aligned", "centred", "antialiased"])
     @pytest.mark.parametrize("size", [(5, 7), (1, 1), (3, 1), (12, 15)])
     @pytest.mark.parametrize("out_size", [(10, 14), (1, 1), (4, 9), (25, 3)])
     def test_resize(
-        self, twin: ModuleType, size: tuple[int, int], out_size: tuple[int, int], aligned: bool
+        self,
+        twin: ModuleType,
+        size: tuple[int, int],
+        out_size: tuple[int, int],
+        way: str,
+        channels: int,
     ) -> None:
-        x = torch.randn(2, *size, 21)[..., 1:20]
-        x, out = x.contiguous(), torch.full((2, *out_size, 19), UNTOUCHED)
-        expected = F.interpolate(
-            x.permute(0, 3, 1, 2), out_size, mode="bilinear", align_corners=aligned
-        ).permute(0, 2, 3, 1)
-        steps = [
-            (n - 1) / max(m - 1, 1) if aligned else n / m
+        def resized(x: Tensor, to: Sequence[int]) -> Tensor:
+            aligned, antialiased = way == "aligned", way == "antialiased"
+            return F.interpolate(
+                x, tuple(to), mode="bilinear", align_corners=aligned, antialias=antialiased
+            )
+
+        x = torch.randn(2, *size, channels + 2)[..., 1 : 1 + channels]
+        out = torch.full((2, *out_size, channels), UNTOUCHED)
+        taps = [
+            Taps.of_matrix(resized(torch.eye(n)[None, None], (m, n))[0, 0])
             for n, m in zip(size, out_size, strict=True)
         ]
-        twin.resize(out, x, (steps[0], steps[1]), aligned)
+        twin.resize(out, x, *taps)
+        expected = resized(x.permute(0, 3, 1, 2), out_size).permute(0, 2, 3, 1)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+    @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31 - 1))
+    def test_taps_are_the_matrix(self, size: int, out_size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        matrix = torch.randn(out_size, size, generator=generator)
+        matrix *= torch.rand(out_size, size, generator=generator) < 0.4
+        taps = Taps.of_matrix(matrix)
+        taps.check(size, out_size)
+        again = torch.zeros(out_size, size)
+        for row, (first, weights) in enumerate(zip(*taps, strict=True)):
+            again[row, int(first) : int(first) + taps.reach] = weights
+        assert torch.equal(again, matrix)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"first": torch.tensor([-1, 0], dtype=torch.int32)},
+            {"first": torch.tensor([0, 3], dtype=torch.int32)},
+            {"first": torch.tensor([0, 1])},
+            {"first": torch.zeros(3, dtype=torch.int32)},
+            {"weights": torch.ones(2, 2, dtype=torch.float64)},
+            {"weights": torch.ones(2, 4)[:, ::2]},
+            {"weights": torch.ones(3, 2)},
+        ],
+    )
+    def test_taps_outside_are_refused(self, change: dict[str, Tensor]) -> None:
+        fine = Taps(torch.tensor([0, 2], dtype=torch.int32), torch.ones(2, 2))
+        x, out = torch.randn(1, 4, 4, 3), torch.zeros(1, 2, 2, 3)
+        kernels.resize(out, x, fine, fine)
+        for rows, columns in ((fine._replace(**change), fine), (fine, fine._replace(**change))):
+            with pytest.raises(PagError, match="taps"):
+                kernels.resize(out, x, rows, columns)
 
     @pytest.mark.parametrize("channels, groups", [(6, 1), (24, 3), (16, 8), (128, 32), (200, 8)])
     @pytest.mark.parametrize("size", [(1, 1), (5, 4), (31, 33)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES
+from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES, Taps
 from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
 from pag_retrofit.kernels.operators import backend, can_record, using
 from pag_retrofit.kernels.perforated import (
@@ -33,6 +33,7 @@ __all__ = [
     "PerforatedConvolution",
     "PixelList",
     "Tape",
+    "Taps",
     "activate",
     "backend",
     "can_record",

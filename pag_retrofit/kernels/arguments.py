@@ -260,3 +260,48 @@ def _check_groups(a: ConvolutionArguments, channels: int) -> None:
             f"groups={a.groups} with several sources or an input_scale: expected one source; "
             "concatenate or scale first"
         )
+
+
+class Taps(NamedTuple):
+    """Of which rows of a map the rows of a resized one are made; or columns.
+
+    Args:
+        first: Index of the first one, int32 (n,).
+        weights: Of it and those after it, float32 (n, reach).
+    """
+
+    first: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of_matrix(cls, matrix: Tensor) -> Taps:
+        """Those of a matrix (n, N) by which a column of N rows is multiplied."""
+        there = matrix != 0
+        begin = there.int().argmax(1)
+        end = matrix.shape[1] - there.flip(1).int().argmax(1)
+        count = int((end - begin).amax())
+        first = begin.clamp(max=matrix.shape[1] - count)
+        weights = matrix.gather(1, first[:, None] + torch.arange(count))
+        return cls(first.int(), weights.float().contiguous())
+
+    @property
+    def reach(self) -> int:
+        """How many each is made of."""
+        return int(self.weights.shape[1])
+
+    def check(self, size: int, out_size: int) -> None:
+        """Compare them with the number of rows that are there and wanted.
+
+        Raises:
+            PagError: They read rows that are not there, or are not as many as wanted.
+        """
+        first, weights = self
+        kinds = first.dtype is torch.int32 and weights.dtype is torch.float32
+        shapes = first.shape == (out_size,) and weights.shape == (out_size, self.reach)
+        if not (kinds and shapes and first.is_contiguous() and weights.is_contiguous()):
+            raise PagError(
+                f"taps: expected int32 ({out_size},) and float32 ({out_size}, reach), contiguous"
+            )
+        low, high = int(first.amin()), int(first.amax()) + self.reach
+        if low < 0 or high > size:
+            raise PagError(f"taps read rows {low} to {high - 1}, of {size} that are there")

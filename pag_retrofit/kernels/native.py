@@ -26,6 +26,7 @@ from pag_retrofit.kernels.arguments import (
     ACTIVATIONS,
     MAX_SOURCES,
     ConvolutionArguments,
+    Taps,
     bad_list,
     pixel_stride,
 )
@@ -52,7 +53,7 @@ _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
 _POOL = Struct("6i8iPqPq")
-_RESIZING = Struct("6i4fPqPq")
+_RESIZING = Struct("8i4PPqPq")
 _GROUPING = Struct("4iPqPq2Pfif")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
@@ -368,14 +369,15 @@ def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
     _call(_MAX_POOL, packed, out, x)
 
 
-def resize(out: Tensor, x: Tensor, steps: tuple[float, float], aligned: bool) -> None:
-    """Bilinear interpolation of `x` (B, H, W, C) into `out` (B, h, w, C); see `kernels.resize`."""
+def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:
+    """Weighted sums of rows and columns of `x` (B, H, W, C); see `kernels.resize`."""
     batch, height, width, channels = x.shape
-    starts = [0.0 if aligned else 0.5 * step - 0.5 for step in steps]
     packed = _RESIZING.pack(
-        batch, height, width, *out.shape[1:3], channels, *steps, *starts, *_map(x), *_map(out)
-    )
-    _call(_RESIZE, packed, out, x)
+        batch, height, width, *out.shape[1:3], channels, rows.reach, columns.reach,
+        rows.first.data_ptr(), columns.first.data_ptr(),
+        rows.weights.data_ptr(), columns.weights.data_ptr(), *_map(x), *_map(out),
+    )  # fmt: skip
+    _call(_RESIZE, packed, out, x, *rows, *columns)
 
 
 def group_norm(

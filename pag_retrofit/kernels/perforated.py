@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
-from pag_retrofit.kernels.arguments import ACTIVATIONS
+from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
 from pag_retrofit.kernels.operators import backend, convolve, visible
 from pag_retrofit.kernels.packing import pack_weight, transformed
 
@@ -381,16 +381,21 @@ def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
     visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
 
 
-def resize(out: Tensor, x: Tensor, steps: tuple[float, float], *, aligned: bool = False) -> None:
-    """Bilinear interpolation of a whole map, as torch does it.
+def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:
+    """A whole map of another size, whose rows and columns are weighted sums of the given ones.
 
     Args:
         out: (B, h, w, C).
         x: (B, H, W, C).
-        steps: From one pixel of `out` to the next, in pixels of `x`, (vertical, horizontal).
-        aligned: The centres of the first pixels lie on each other; default: their corners do.
+        rows: Of which rows of `x` each of the h rows is made.
+        columns: Of which columns each of the w columns is made.
+
+    Raises:
+        PagError: Taps lie outside of `x`, or are not those of `out`.
     """
-    visible().resize(out, x, steps, aligned)
+    for taps, axis in ((rows, 1), (columns, 2)):
+        taps.check(x.shape[axis], out.shape[axis])
+    visible().resize(out, x, rows, columns)
 
 
 def group_norm(

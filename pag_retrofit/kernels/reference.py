@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pag_retrofit.functional import Window, coarse, largest
 from pag_retrofit.functional import needed_inputs as soft_needed_inputs
-from pag_retrofit.kernels.arguments import ConvolutionArguments, bad_list
+from pag_retrofit.kernels.arguments import ConvolutionArguments, Taps, bad_list
 from pag_retrofit.kernels.packing import (
     TRANSFORMED_SIDE,
     is_depthwise,
@@ -72,19 +72,13 @@ def activate(
     x[where] = activated(x[where], activation, slope)
 
 
-def resize(out: Tensor, x: Tensor, steps: tuple[float, float], aligned: bool) -> None:
-    """Bilinear interpolation of `x` (B, H, W, C) into `out` (B, h, w, C); see `kernels.resize`."""
-    places = []
-    for axis, step in enumerate(steps, 1):
-        at = torch.arange(out.shape[axis]) * step + (0.0 if aligned else 0.5 * step - 0.5)
-        at = at.clamp(0, None)
-        first = at.long().clamp(max=x.shape[axis] - 1)
-        places.append((first, (first + 1).clamp(max=x.shape[axis] - 1), at - first))
-    (top, bottom, down), (left, right, across) = places
-    down, across = down[:, None, None], across[:, None]
-    rows = [x[:, at][:, :, left] * (1 - across) + x[:, at][:, :, right] * across
-            for at in (top, bottom)]  # fmt: skip
-    out.copy_(rows[0] * (1 - down) + rows[1] * down)
+def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:
+    """Weighted sums of rows and columns of `x` (B, H, W, C); see `kernels.resize`."""
+    down, across = (
+        taps.first.long()[:, None] + torch.arange(taps.reach) for taps in (rows, columns)
+    )
+    lines = torch.einsum("bytwc,yt->bywc", x[:, down], rows.weights)
+    out.copy_(torch.einsum("byxtc,xt->byxc", lines[:, :, across], columns.weights))
 
 
 def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:

@@ -563,7 +563,7 @@ int pool(const pag_pool* call, int threads) {
 int resize(const pag_resizing* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t rows = (int64_t)call->batch * call->out_height;
-  const int64_t operations = 4 * rows * call->out_width * call->channels;
+  const int64_t operations = rows * call->out_width * call->channels * call->taps[0] * call->taps[1];
   const int64_t chunks = std::min<int64_t>(rows, worthwhile(threads, operations));
   share(chunks, (int)chunks, [&](int64_t i) {
     table.resize(call, rows * i / chunks, rows * (i + 1) / chunks);

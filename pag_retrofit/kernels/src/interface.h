@@ -127,10 +127,13 @@ struct pag_pool {
   int64_t out_stride;
 };
 
-// Bilinear interpolation of a whole map: output row y reads the input at y * step[0] + start[0].
+// A whole map of another size: output rows are weighted sums of `taps[0]` input rows from `first[0]`
+// on, and output columns likewise.
 struct pag_resizing {
   int32_t batch, height, width, out_height, out_width, channels;
-  float step[2], start[2];  // (vertical, horizontal), in input pixels
+  int32_t taps[2];          // (vertical, horizontal), here and below
+  const int32_t* first[2];  // of each output row or column
+  const float* weights[2];  // (rows or columns, taps)
   const float* in;
   int64_t in_stride;
   float* out;

@@ -439,45 +439,80 @@ void pool(const pag_pool* call, int64_t begin, int64_t end) {
   }
 }
 
-// Where an output row (or column) lies between two of the input.
-struct Between {
-  int64_t first, second;
-  float weight;  // of the second
+// Sums of `taps` vectors, `step` floats from each other.
+PAG_INLINE Vector weighted(const float* x, int64_t step, const float* weights, int taps, int count) {
+  Vector sum = {};
+  for (int i = 0; i < taps; i++) sum = sum + load_up_to(x + i * step, count) * weights[i];
+  return sum;
+}
 
-  Between(int64_t at, float step, float start, int64_t size) {
-    float place = at * step + start;
-    if (place < 0) place = 0;
-    first = (int64_t)place;
-    if (first > size - 1) first = size - 1;
-    second = first + 1 < size ? first + 1 : first;
-    weight = place - first;
+constexpr int64_t STRIP = 4096;  // floats of an input row: half of the first-level cache
+
+// One output row: its input rows are added up first, a strip of columns at a time.
+void shrink_row(const pag_resizing* call, int64_t row) {
+  const int down = call->taps[0], across = call->taps[1], channels = call->channels;
+  const int64_t image = row / call->out_height, y = row - image * call->out_height;
+  const int64_t stride = call->in_stride, line = call->width * stride;
+  const float* lines = call->in + (image * call->height + call->first[0][y]) * line;
+  const float* vertical = call->weights[0] + y * down;
+  float* out = call->out + row * call->out_width * call->out_stride;
+  alignas(64) float strip[STRIP];
+  int64_t begin = 0, end = 0;  // the strip's columns
+  for (int64_t x = 0; x < call->out_width; x++, out += call->out_stride) {
+    const int64_t first = call->first[1][x];
+    if (first < begin || first + across > end) {
+      begin = first;
+      end = begin + STRIP / stride;
+      if (end > call->width) end = call->width;
+      const int64_t floats = (end - begin - 1) * stride + channels;
+      for (int64_t i = 0; i < floats; i += LANES) {
+        const int count = floats - i < LANES ? (int)(floats - i) : LANES;
+        store_up_to(strip + i, weighted(lines + begin * stride + i, line, vertical, down, count), count);
+      }
+    }
+    const float* columns = strip + (first - begin) * stride;
+    const float* horizontal = call->weights[1] + x * across;
+    for (int c = 0; c < channels; c += LANES) {
+      const int count = channels - c;
+      store_up_to(out + c, weighted(columns + c, stride, horizontal, across, count), count);
+    }
   }
-};
+}
+
+// The same without a strip: for few taps it is not worth it, and for many channels too small. TAPS in
+// both directions if it is not zero: enlargement has two.
+template <int TAPS>
+PAG_INLINE void resize_row(const pag_resizing* call, int64_t row) {
+  const int down = TAPS ? TAPS : call->taps[0], across = TAPS ? TAPS : call->taps[1];
+  const int64_t image = row / call->out_height, y = row - image * call->out_height;
+  const int64_t stride = call->in_stride, line = call->width * stride;
+  const float* lines = call->in + (image * call->height + call->first[0][y]) * line;
+  const float* vertical = call->weights[0] + y * down;
+  float* out = call->out + row * call->out_width * call->out_stride;
+  for (int64_t x = 0; x < call->out_width; x++, out += call->out_stride) {
+    const float* columns = lines + call->first[1][x] * stride;
+    const float* horizontal = call->weights[1] + x * across;
+    for (int c = 0; c < call->channels; c += LANES) {
+      const int count = call->channels - c;
+      Vector sum = {};
+      for (int i = 0; i < down; i++)
+        sum = sum + weighted(columns + i * line + c, stride, horizontal, across, count) * vertical[i];
+      store_up_to(out + c, sum, count);
+    }
+  }
+}
 
 // Rows [begin, end) of the output, all images.
 void resize(const pag_resizing* call, int64_t begin, int64_t end) {
-  const int channels = call->channels;
+  const bool two = call->taps[0] == 2 && call->taps[1] == 2;
+  const bool strips = !two && call->taps[1] * call->in_stride <= STRIP;
   for (int64_t row = begin; row < end; row++) {
-    const int64_t image = row / call->out_height;
-    const Between y(row - image * call->out_height, call->step[0], call->start[0], call->height);
-    const int64_t line = call->width * call->in_stride;
-    const float* above = call->in + (image * call->height + y.first) * line;
-    const float* below = call->in + (image * call->height + y.second) * line;
-    float* out = call->out + row * call->out_width * call->out_stride;
-    for (int64_t column = 0; column < call->out_width; column++, out += call->out_stride) {
-      const Between x(column, call->step[1], call->start[1], call->width);
-      const int64_t left = x.first * call->in_stride, right = x.second * call->in_stride;
-      const float down = y.weight, across = x.weight;
-      for (int i = 0; i < channels; i += LANES) {
-        const int count = channels - i;
-        const Vector a = load_up_to(above + left + i, count);
-        const Vector b = load_up_to(above + right + i, count);
-        const Vector c = load_up_to(below + left + i, count);
-        const Vector d = load_up_to(below + right + i, count);
-        const Vector upper = a * (1 - across) + b * across, lower = c * (1 - across) + d * across;
-        store_up_to(out + i, upper * (1 - down) + lower * down, count);
-      }
-    }
+    if (two)
+      resize_row<2>(call, row);
+    else if (strips)
+      shrink_row(call, row);
+    else
+      resize_row<0>(call, row);
   }
 }
 
