@@ -1,4 +1,4 @@
-"""Annealing: the compute target falls from 1 to the budget, the temperature to almost zero."""
+"""Annealing: the target falls from 1 to the budget, the temperature to almost zero."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from torch import nn
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.gates import named_gates, state_of, turn_dials
+from pag_retrofit.losses import decided_fraction
+
+_DRIFT = 5.0
+"""Over a whole training in which the fraction misses its target by 1."""
+_LARGEST_DRIFT = 0.15
 
 
 class Annealer:
-    """Moves `rho` (the target compute fraction) and the gates' temperature as training goes on.
+    """Moves the target fraction and the gates' temperature as training goes on.
 
     Both follow a cosine over the first `ramp` of the steps and then stay. What the temperature
     does is said at `sample_mask`.
+
+    A quadratic loss stops short of a target that the task pulls away from, and what gates decide
+    in evaluation is not what their probabilities expect. So the sparsity loss aims at `aim`, which
+    drifts away from the target `rho` for as long as the decided fraction misses it (integral
+    control): at the end calibration has little left to change. Not with a dial, whose target
+    is another one in every step.
 
     Args:
         gated: A gated network.
@@ -68,12 +79,19 @@ class Annealer:
         self.ramp_steps = max(1, round(total_steps * ramp))
         self.temperature = temperature
         self.steps = 0
+        self.drift = 0.0
+        self.drift_per_step = _DRIFT / total_steps
         self._apply()
 
     @property
     def rho(self) -> float:
-        """Target compute fraction now."""
+        """Target fraction now."""
         return self._between(1.0, self._target())
+
+    @property
+    def aim(self) -> float:
+        """What the sparsity loss aims at, to meet the target."""
+        return self.rho - self.drift
 
     @property
     def tau(self) -> float:
@@ -82,16 +100,20 @@ class Annealer:
 
     def step(self) -> None:
         """Go one optimiser step further."""
+        if self.dial is None and any(gate.last_probability is not None for gate in self.gates):
+            missed = decided_fraction(self.gated) - self.rho
+            drift = self.drift + self.drift_per_step * missed
+            self.drift = min(max(drift, -_LARGEST_DRIFT), _LARGEST_DRIFT)
         self.steps += 1
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, "drift": self.drift}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where a training was."""
-        self.steps = int(state["steps"])
+        self.steps, self.drift = int(state["steps"]), float(state.get("drift", 0.0))
         self._apply()
 
     def _between(self, first: float, last: float) -> float:
@@ -108,7 +130,7 @@ class Annealer:
         return (low, high, drawn)[self.steps % 3]
 
     def _apply(self) -> None:
-        self.state.rho = self.rho
+        self.state.rho = self.aim
         turn_dials(self.gated, self.rho)
         for gate in self.gates:
             gate.temperature.fill_(self.tau)

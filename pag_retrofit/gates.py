@@ -112,6 +112,10 @@ class Gate(nn.Module):
         """Pixels (B, 1, h, w) that take more than the cheapest way."""
         return decision
 
+    def decided(self, probability: Tensor) -> Tensor:
+        """What evaluation would make of the probabilities of training."""
+        return (probability >= 0.5).to(probability)
+
     def overhead(self, decision: Tensor) -> int:
         """MACs per image that dense execution adds to those of the original network."""
         pixels = decision.shape[2] * decision.shape[3]
@@ -449,7 +453,7 @@ class RetrofitState:
         gateable_share: Of `total_macs` inside sites.
         floor: Smallest fraction the gated network can reach; above 1 where selectors of
             MultiPool have no identity to choose.
-        rho: Fraction that the sparsity loss aims at now; moved by `Annealer`.
+        rho: What the sparsity loss aims at now; moved by `Annealer`.
         operating_points: Budget -> logit offset of all gates, set by `calibrate`.
         active_budget: The operating point in use, if one is.
         open_rates: Budget -> site -> mean open rate on the images it was calibrated on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -23,30 +25,46 @@ def expected_fraction(gated: nn.Module) -> Tensor:
     Raises:
         PagError: No forward pass in training mode came before.
     """
+    return _average(_fraction(gated, dict(_observed(gated))))
+
+
+@torch.no_grad()
+def decided_fraction(gated: nn.Module) -> float:
+    """Fraction if every pixel of the last training forward did what is more probable.
+
+    So gates decide in evaluation. Counts like `expected_fraction`.
+
+    Raises:
+        PagError: No forward pass in training mode came before.
+    """
+    decided = {gate: gate.decided(p) for gate, p in _observed(gated)}
+    return float(_average(_fraction(gated, decided)))
+
+
+def _fraction(gated: nn.Module, decisions: Mapping[Gate, Tensor]) -> Tensor:
+    """Of the compute or the time under decisions, hard or soft."""
     state = state_of(gated)
     active: dict[str, Tensor] = {}
     full: dict[str, int] = {}
-    seen = _observed(gated)
-    probabilities = {gate.site: p for gate, p in seen}
-    for gate, probability in seen:
+    by_site = {gate.site: decision for gate, decision in decisions.items()}
+    for gate, decision in decisions.items():
         if gate.inside:  # counted by the branch that it lies in
             continue
-        size, mask = gate.last_input_size, gate.site_mask(probability)
+        size, mask = gate.last_input_size, gate.site_mask(decision)
         height, width = mask.shape[2:]
-        active[gate.site] = gate.cost.active_macs(mask, size, probabilities).sum()
+        active[gate.site] = gate.cost.active_macs(mask, size, by_site).sum()
         full[gate.site] = mask.shape[0] * gate.cost.full_macs(size, (height, width))
     if state.times is not None:
-        fraction = state.times.fraction({site: active[site] / full[site] for site in active})
-    else:
-        computed = torch.stack(list(active.values())).sum() / sum(full.values())
-        fraction = 1 + (computed - 1) * state.gateable_share
-    return _average(fraction)
+        fraction: Tensor = state.times.fraction({s: active[s] / full[s] for s in active})
+        return fraction
+    computed = torch.stack(list(active.values())).sum() / sum(full.values())
+    return 1 + (computed - 1) * state.gateable_share
 
 
 def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
     """Distance between expected and wanted compute; scalar, zero at the target.
 
-    The target is `rho` of the network's state, which `Annealer` moves from 1 to the budget.
+    The target is `rho` of the network's state, which `Annealer` moves.
 
     Args:
         gated: A gated network after a forward pass in training mode.

@@ -110,6 +110,10 @@ class BranchSelector(Gate):
             x = F.relu(normed.permute(0, 3, 1, 2))
         return F.conv2d(x, self.choose_weight * self.spec.width**-0.5, self.bias).float()
 
+    def decided(self, probability: Tensor) -> Tensor:
+        """The most probable branch, one-hot."""
+        return one_hot_maximum(probability)
+
     def _random_choice(self, logits: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return one_hot_maximum(torch.rand(logits.shape, generator=generator)).to(logits.device)

@@ -63,6 +63,10 @@ class InputFreeGate(PixelGate):
         """The mask (B, 1, h, w) of evaluation, for any input."""
         return self.decide(self.logits(torch.empty(shape, device="meta")) + self.shift)
 
+    def decided(self, probability: Tensor) -> Tensor:
+        """The same share of the pixels."""
+        return probability
+
     def extra_repr(self) -> str:
         """Show the stride."""
         return f"stride={self.cost.stride}"

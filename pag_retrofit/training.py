@@ -326,7 +326,7 @@ class Trainer:
     def _gate_state(self) -> dict[str, float]:
         if self.annealer is None:
             return {}
-        return {"tau": float(self.annealer.tau), "rho": float(self.annealer.rho)}
+        return {name: float(getattr(self.annealer, name)) for name in ("tau", "rho", "aim")}
 
     # Ends of epochs --------------------------------------------------------------------------
 

@@ -6,12 +6,14 @@ import logging
 import math
 
 import pytest
+import timm
 import torch
 from conftest import Pair
 from networks import CustomNet, randomize
 from torch import nn
 
 import pag_retrofit as pag
+from pag_retrofit import losses
 from pag_retrofit.gates import named_gates
 
 SHAPE = (2, 3, 32, 32)
@@ -206,6 +208,59 @@ def test_annealer_resumes(gated: nn.Module) -> None:
     assert gated.pag_state.rho == rho
     first.step(), resumed.step()
     assert first.rho == resumed.rho
+
+
+def after_a_pass(gated: nn.Module, logit: float) -> nn.Module:
+    with torch.no_grad():
+        for _, gate in named_gates(gated):
+            gate.bias.fill_(logit)
+    gated.train()(torch.randn(SHAPE))
+    return gated
+
+
+def test_the_aim_drifts_until_the_target_is_met(gated: nn.Module) -> None:
+    after_a_pass(gated, 3.0)  # every pixel is decided to be open
+    annealer = pag.Annealer(gated, 100, ramp=0.1)
+    decided = losses.decided_fraction(gated)
+    assert decided == pytest.approx(1 + gated.pag_state.floor, abs=0.2) and decided > 0.99
+    aims = []
+    for _ in range(100):
+        missed, drift = decided - annealer.rho, annealer.drift
+        annealer.step()
+        assert annealer.drift == pytest.approx(min(drift + 0.05 * missed, 0.15))
+        assert gated.pag_state.rho == annealer.aim == pytest.approx(annealer.rho - annealer.drift)
+        aims.append(annealer.aim)
+    assert annealer.rho == pytest.approx(0.7) and aims[-1] == pytest.approx(0.55)
+
+    resumed = pag.Annealer(gated, 100, ramp=0.1)
+    resumed.load_state_dict(annealer.state_dict())
+    assert (resumed.rho, resumed.aim) == (annealer.rho, annealer.aim)
+    resumed.load_state_dict({"steps": 3})  # of an earlier release
+    assert resumed.aim == resumed.rho
+
+    after_a_pass(gated, -3.0)
+    for _ in range(100):
+        annealer.step()
+    assert annealer.aim > annealer.rho + 0.1
+
+
+def test_what_is_decided_is_what_evaluation_measures() -> None:
+    network = timm.create_model("test_resnet").eval()
+    config = pag.RetrofitConfig(include=("conv1.0",), min_share=0.0)
+    gated = pag.retrofit(network, 0.99, example_input=(2, 3, 64, 64), config=config)
+    ((_, gate),) = named_gates(gated)
+    with torch.no_grad():
+        gate.weight.normal_()
+        gate.bias.fill_(0.5)
+    x = torch.randn(2, 3, 64, 64)
+    with pag.measure(gated) as measured, torch.no_grad():
+        gated(x)
+    gated.train()(x)
+    assert 0.1 < measured.open_rates["conv1.0"] < 0.9
+    assert losses.decided_fraction(gated) == pytest.approx(measured.fraction)
+    assert losses.decided_fraction(gated) != pytest.approx(
+        float(pag.expected_fraction(gated).detach()), abs=1e-4
+    )
 
 
 def test_annealer_takes_another_budget(gated: nn.Module) -> None:
