@@ -246,18 +246,18 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def half_table(results: dict[str, Any], budget: float = 0.5) -> str:
+def half_table(results: dict[str, Any]) -> str:
     """What half of the compute is best spent on: one row per way."""
-    run = results["camvid_long"]
+    run, budgets = results["camvid_long"], (None, 0.5)
     lines = [
         f"The same network with {run['epochs'][1]} epochs instead of 8, at half of the compute:",
         "",
         "| network | measured compute | mIoU | deployed (ms) | fastest other runtime (ms) |",
         "|---|---:|---:|---:|---:|",
     ]
-    chosen = {p["kind"] for p in run["points"] if p["budget"] in (None, budget)} - {"timed"}
+    chosen = {p["kind"] for p in run["points"] if p["budget"] in budgets} - {"timed"}
     for kind in sorted(chosen, key=list(_KINDS).index):
-        found = [p for p in run["points"] if p["kind"] == kind and p["budget"] in (None, budget)]
+        found = [p for p in run["points"] if p["kind"] == kind and p["budget"] in budgets]
         scores = [100 * p["metric"] for p in found]
         times = dict(next((p["times"] for p in found if p["times"]), {}))
         cells = [
@@ -342,6 +342,33 @@ def ablation_table(results: dict[str, Any]) -> str:
 def _in_order(stage: tuple[str, float | None]) -> tuple[float, int]:
     kind, budget = stage
     return (-2.0 if budget is None else -budget, list(_KINDS).index(kind))
+
+
+def time_budget_table(results: dict[str, Any]) -> str:
+    """Per network: what `time_fraction` tells, and what the clock says."""
+    densities = sorted({r["density"] for r in results["rows"] if r["density"]}, reverse=True)
+    names = dict.fromkeys(row["network"] for row in results["rows"])
+    lines = [
+        "| network | " + " | ".join(f"{d:g} open" for d in densities) + " | its own gates |",
+        "|---|" + "---:|" * (len(densities) + 1),
+    ]
+    for name in names:
+        cells = []
+        for density in (*densities, None):
+            found = [
+                row
+                for row in results["rows"]
+                if (row["network"], row["density"]) == (name, density)
+            ]
+            cells.append(f"{found[0]['told']:.2f} / {found[0]['clocked']:.2f}" if found else "")
+        lines.append(f"| {name.removeprefix('smp:').removeprefix('timm:')} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Time told from the masks / measured, both as fractions of the deployed network without "
+        f"gates; blobs of open pixels, one thread of {results['environment']['cpu']} "
+        "(`python benchmarks/time_budget.py --trained runs/camvid_long`).",
+    ]
+    return "\n".join(lines)
 
 
 def memory_table(results: dict[str, Any]) -> str:
@@ -452,6 +479,7 @@ def _blocks() -> dict[str, dict[str, str]]:
         "README.md": {
             "camvid-table": summary,
             "camvid-picture": picture,
+            "half-table": half_table(_read("tradeoff")),
             "coverage-table": coverage_page.summary(_read("coverage")),
             "latency-table": latency_table(timed, short=True),
         },
@@ -470,6 +498,7 @@ def _blocks() -> dict[str, dict[str, str]]:
         "docs/kernels.md": {"kernels-table": kernels_table(_read("kernels"))},
         "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
         "docs/ablations.md": {"ablation-table": ablation_table(_read("ablation"))},
+        "docs/method.md": {"time-budget-table": time_budget_table(_read("time_budget"))},
         "docs/tasks.md": {"matching-table": matching_table(_read("matching"))},
     }
 
