@@ -663,7 +663,7 @@ class TestWholeMaps:
                 module.max_pool(out, x.permute(0, 2, 3, 1).contiguous(), flat)
                 assert torch.equal(out.permute(0, 3, 1, 2), expected)
 
-    @pytest.mark.parametrize("channels", [3, 19, 1500])
+    @pytest.mark.parametrize("channels", [3, 600, 1500])
     @pytest.mark.parametrize("way", ["aligned", "centred", "antialiased"])
     @pytest.mark.parametrize("size", [(5, 7), (1, 1), (3, 1), (12, 15)])
     @pytest.mark.parametrize("out_size", [(10, 14), (1, 1), (4, 9), (25, 3)])
