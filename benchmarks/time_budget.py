@@ -10,6 +10,7 @@ benchmarks/results/time_budget.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import statistics
 import time
@@ -77,14 +78,12 @@ def _rows(
     fast, plain = pag.deploy(gated), pag.deploy(pag.remove(copy.deepcopy(gated)))
     laid_out = [image.contiguous(memory_format=torch.channels_last) for image in images]
     for density in densities:
-        row: dict[str, Any] = {"density": density}
-        if density is None:
-            row["fraction"], row["told"] = _measured(gated, images)
-            row |= _clocked(fast, plain, laid_out, rounds)
-        else:
-            with pag.override_gates(gated, density), pag.override_gates(fast, density):
-                row["fraction"], row["told"] = _measured(gated, images)
-                row |= _clocked(fast, plain, laid_out, rounds)
+        with contextlib.ExitStack() as masks:
+            for network in (gated, fast) if density is not None else ():
+                masks.enter_context(pag.override_gates(network, density))
+            fraction, told = _measured(gated, images)
+            times = _clocked(fast, plain, laid_out, rounds)
+        row = {"density": density, "fraction": fraction, "told": told, **times}
         print(row, flush=True)
         yield row
 

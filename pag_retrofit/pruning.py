@@ -46,7 +46,7 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     if not pruned or pruned == set(gates):
         return ()
     kept = [site for site in gates if site not in pruned]
-    training, values = gated.training, gated.state_dict()
+    values = gated.state_dict()
     remove(gated)
     retrofit(
         gated,
@@ -60,7 +60,6 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
         if name in values:  # all that is saved
             tensor.data = tensor.data.to(values[name])
     gated.load_state_dict({name: values[name] for name in own})
-    gated.train(training)
     _hand_over(state, gated)
     return tuple(site for site in gates if site in pruned)
 

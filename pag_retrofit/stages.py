@@ -64,7 +64,7 @@ _WITHOUT_EFFECT = {
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Runs the stages of a recipe, in the order dense, reference, average, gated, baselines.
+    """Runs the stages of a recipe, in the order of `plan_stages`.
 
     Writes `{output}/{stage}/` with `model.safetensors` (the last weights), `best.safetensors`,
     `metrics.json`, `recipe.yaml` and `environment.json`. A gated stage is named by its budget,
