@@ -6,7 +6,8 @@ each forward pass, when gates have decided; equal demands are evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +100,33 @@ def both(first: Demand, second: Demand) -> Demand:
 
 def either(first: Demand, second: Demand) -> Demand:
     """The union, simplified."""
-    if EVERYWHERE in (first, second):
-        return EVERYWHERE
-    if first == second or (isinstance(second, Both) and first in (second.first, second.second)):
-        return first
-    if isinstance(first, Both) and second in (first.first, first.second):
-        return second
-    return Either(first, second)
+    terms: list[Demand] = []
+    for term in (*_terms(first), *_terms(second)):
+        if not any(_lies_in(term, other) for other in terms):
+            terms = [other for other in terms if not _lies_in(other, term)] + [term]
+    return functools.reduce(Either, terms)
+
+
+def _terms(demand: Demand) -> Iterator[Demand]:
+    """The sets of a union."""
+    if isinstance(demand, Either):
+        yield from _terms(demand.first)
+        yield from _terms(demand.second)
+    else:
+        yield demand
+
+
+def _lies_in(part: Demand, whole: Demand) -> bool:
+    """Whether the form of two sets of pixels of one map tells that one lies in the other."""
+    if whole in (EVERYWHERE, part):
+        return True
+    if isinstance(part, Both):
+        return whole in (part.first, part.second)
+    if not (isinstance(part, Read) and isinstance(whole, Grid) and whole.wanted):
+        return False
+    window = part.window
+    even = not any(step % 2 for step in (*window.stride, *window.padding))
+    return even and window.kernel == (1, 1) and part.upsampling == 1
 
 
 def read(by: Demand, window: Window, size: Size, upsampling: int = 1) -> Demand:

@@ -23,7 +23,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pag_retrofit import kernels
-from pag_retrofit.demand import EVERYWHERE, Demand, Demands, both, either, read
+from pag_retrofit.demand import (
+    EVERYWHERE,
+    Demand,
+    Demands,
+    Either,
+    Grid,
+    Masked,
+    both,
+    either,
+    read,
+)
 from pag_retrofit.functional import Window
 from pag_retrofit.gates import Gate, MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
@@ -352,21 +362,34 @@ class Convolve(Step):
 class Interpolate(Step):
     """Fill pixels of a map by those at every second row and column, and activate all of it.
 
-    The others are activated last: what lies between them is interpolated as they were.
+    The others are activated last: what lies between them is interpolated as they were. Only where
+    there is nothing between them was the convolution free to activate them.
 
     Args:
         layout: Of the map.
-        where: Which of the demanded pixels are filled.
-        others: Which of the demanded pixels are there.
+        mask: Name of the mask of the pixels that were computed, besides those of the grid.
         activation: One of `kernels.ACTIVATIONS`.
         slope: Of a leaky ReLU.
     """
 
     layout: str
-    where: Demand
-    others: Demand
+    mask: str
     activation: str
     slope: float
+
+    @property
+    def where(self) -> Demand:
+        """The pixels between those that were computed."""
+        return both(Masked(self.mask, False), Grid(self.mask, False))
+
+    @property
+    def computed(self) -> Demand:
+        """The pixels that were computed."""
+        return on_grid_or_open(self.mask)
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """All that can be computed: what is demanded may be known only now."""
+        yield self.writes, EVERYWHERE
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Interpolate and activate in place."""
@@ -374,8 +397,18 @@ class Interpolate(Step):
         between = demands.listed(both(demanded, self.where))
         kernels.interpolate(rows, between, activation=self.activation, slope=self.slope)
         if self.activation != "none":
-            there = demands.listed(both(demanded, self.others))
-            kernels.activate(rows, self.activation, self.slope, there)
+            kernels.activate(
+                rows,
+                self.activation,
+                self.slope,
+                demands.listed(both(demanded, self.computed)),
+                computed=demands.listed(self.computed),
+            )
+
+
+def on_grid_or_open(mask: str) -> Demand:
+    """The pixels at which a convolution with a coarse bypass is computed."""
+    return Either(Masked(mask), Grid(mask))
 
 
 @dataclass(kw_only=True)
@@ -559,12 +592,15 @@ class Decide(Step):
         sources: What it reads.
         shape: (B, 1, h, w) of the mask.
         offset: First pixel decided.
+        before: What will fill and activate the map that is read, if all pixels read are on its grid
+            and this need not wait for that; else None.
     """
 
     gate: PixelGate
     sources: tuple[Source, ...]
     shape: tuple[int, int, int, int]
     offset: tuple[int, int]
+    before: Interpolate | None = None
     _made_up: dict[MaskOverride, Tensor] = field(default_factory=dict, repr=False)
 
     def reads(self) -> Iterator[str]:
@@ -574,24 +610,39 @@ class Decide(Step):
             if source.scale:
                 yield source.scale
 
+    @property
+    def reads_grid(self) -> bool:
+        """Whether all it reads is every second pixel of every second row of one map, or fewer."""
+        plain = len(self.sources) == 1 and self.sources[0].upsampling == 1
+        steps = (*self.gate.cost.stride, *self.offset)
+        return plain and not self.sources[0].scale and not any(step % 2 for step in steps)
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """All it reads, everywhere, or the grid."""
+        for name in self.reads():
+            yield name, Grid(self.before.mask) if self.before else EVERYWHERE
+
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Decide."""
         tape = kernels.recording()
+        computed = demands.listed(self.before.computed) if self.before else None
         if tape is not None:
-            values[self.writes] = self._record(tape, values)
+            values[self.writes] = self._record(tape, values, computed)
         elif self.gate.override is not None:
             values[self.writes] = self._from(self.gate.override)
         else:
-            values[self.writes] = self._own(values, *self._parameters())
+            values[self.writes] = self._own(values, computed, *self._parameters())
 
-    def _record(self, tape: kernels.Tape, values: Values) -> Tensor:
+    def _record(
+        self, tape: kernels.Tape, values: Values, computed: kernels.PixelList | None
+    ) -> Tensor:
         """The mask, which replays decide anew; one made up at that time is copied over it.
 
         The gate decides all the same, so that made-up masks cost what its own would.
         """
         weight, bias, keep = self._parameters()
         override = self.gate.override
-        mask = self._own(values, weight, bias, keep)
+        mask = self._own(values, computed, weight, bias, keep)
         made_up = mask.clone() if override is None else self._from(override).clone()
         kernels.copy(mask, made_up)
         call, shown = tape.last, [override]
@@ -626,7 +677,14 @@ class Decide(Step):
         keep = -1 if gate.rate is None else round(gate.rate * self.shape[2] * self.shape[3])
         return gate.weight.flatten() * gate.scale, gate.bias + gate.shift, torch.tensor([keep])
 
-    def _own(self, values: Mapping[str, Any], weight: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    def _own(
+        self,
+        values: Mapping[str, Any],
+        computed: kernels.PixelList | None,
+        weight: Tensor,
+        bias: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
         name = self.sources[0].scale
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
         return kernels.gate_mask(
@@ -639,6 +697,9 @@ class Decide(Step):
             upsampling=[source.upsampling for source in self.sources],
             scale=_per_image(values[name]) if name else None,
             keep=keep,
+            activation=self.before.activation if self.before else "none",
+            slope=self.before.slope if self.before else 0.0,
+            computed=computed,
         )
 
 
@@ -959,11 +1020,11 @@ class Program:
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self.constants = constants
         kernels.lay_together(self.layers)
-        self.demanded = self._demands()
+        self.demanded = demands_of(self.steps, outputs)
         kept = {output.name for output in outputs if isinstance(output, Value)}
         last: dict[str, int] = {}
         for index, step in enumerate(self.steps):
-            for name in (*step.reads(), step.writes, *_masks(self.demanded[index], step)):
+            for name in (*step.reads(), step.writes, *masks_of(self.demanded[index], step)):
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
         self._apart = self._written_by_kernels()
@@ -1026,20 +1087,6 @@ class Program:
                 if name in values.taken:
                     values.memory.give(values.taken[name])
         return [values[o.name] if isinstance(o, Value) else o for o in self.outputs]
-
-    def _demands(self) -> list[Demand]:
-        """Per step: where what it writes is needed."""
-        needed: dict[str, Demand] = {
-            output.name: EVERYWHERE for output in self.outputs if isinstance(output, Value)
-        }
-        demanded: list[Demand] = []
-        for step in reversed(self.steps):
-            # A value that nothing reads is a map all of whose pixels are written by others.
-            here = needed.get(step.writes, EVERYWHERE)
-            demanded.append(here)
-            for name, where in step.needs(here):
-                needed[name] = either(needed[name], where) if name in needed else where
-        return demanded[::-1]
 
     def _written_by_kernels(self) -> dict[str, int]:
         """Outputs that nothing but kernels look at, and where they are among all."""
@@ -1105,7 +1152,27 @@ class Program:
         return most
 
 
-def _masks(demanded: Demand, step: Step) -> Iterator[str]:
+def demands_of(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Demand]:
+    """Per step: where what it writes is needed.
+
+    Args:
+        steps: Of a program, in order.
+        outputs: Names of the values that it ends with, or constants.
+    """
+    needed: dict[str, Demand] = {
+        output.name: EVERYWHERE for output in outputs if isinstance(output, Value)
+    }
+    demanded: list[Demand] = []
+    for step in reversed(steps):
+        # A value that nothing reads is a map all of whose pixels are written by others.
+        here = needed.get(step.writes, EVERYWHERE)
+        demanded.append(here)
+        for name, where in step.needs(here):
+            needed[name] = either(needed[name], where) if name in needed else where
+    return demanded[::-1]
+
+
+def masks_of(demanded: Demand, step: Step) -> Iterator[str]:
     """Masks that are looked at when a step runs."""
     pending: list[Any] = [demanded, getattr(step, "where", EVERYWHERE)]
     while pending:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pag_retrofit import kernels
-from pag_retrofit.demand import EVERYWHERE, Demand, Either, Grid, Masked, both
+from pag_retrofit.demand import EVERYWHERE, Demand, Masked, both
 from pag_retrofit.execution import (
     Activate,
     Allocate,
@@ -38,6 +38,7 @@ from pag_retrofit.execution import (
     Stand,
     Step,
     Value,
+    on_grid_or_open,
 )
 from pag_retrofit.exported import (
     activation_of,
@@ -56,6 +57,7 @@ from pag_retrofit.functional import Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
 from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
+from pag_retrofit.ordering import put_off
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity",
@@ -252,7 +254,7 @@ class _Lowering:
         used = {name for step in self.state.steps for name in step.reads()}
         used |= {output.name for output in outputs if isinstance(output, Value)}
         return Program(
-            self.state.steps,
+            put_off(self.state.steps, outputs),
             self.inputs,
             outputs,
             {name: value for name, value in constants.items() if name in used},
@@ -914,7 +916,7 @@ class _Lowering:
         for part in parts:
             where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
             if group.coarse:
-                where = Either(Masked(group.coarse), Grid(group.coarse))
+                where = on_grid_or_open(group.coarse)
             self.state.steps.append(
                 Convolve(
                     writes=node.name,
@@ -926,6 +928,7 @@ class _Lowering:
                         activation="none" if part.partial else activation,
                         slope=group.slope,
                         winograd=_by_winograd(part, group),
+                        activate_if_all=bool(group.coarse),
                     ),
                     layout=group.layout,
                     sources=part.sources,
@@ -941,8 +944,7 @@ class _Lowering:
                 Interpolate(
                     writes=node.name,
                     layout=group.layout,
-                    where=both(Masked(group.coarse, False), Grid(group.coarse, False)),
-                    others=Either(Masked(group.coarse), Grid(group.coarse)),
+                    mask=group.coarse,
                     activation=group.activation,
                     slope=group.slope,
                 )
@@ -1017,10 +1019,8 @@ class _Lowering:
         """The one that kernels apply, and the one that the whole map goes through at the end.
 
         Pixels of a shortcut outside of a mask, which no convolution writes, need theirs, too,
-        unless it has no effect there. A coarse bypass activates when it has interpolated.
+        unless it has no effect there.
         """
-        if group.coarse:
-            return "none", "none"
         shortcut = group.residual is not None and bool(group.mask) and not group.residual_after
         if not shortcut or (group.activation == "relu" and group.residual in self.not_negative):
             return group.activation, "none"

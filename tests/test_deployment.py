@@ -29,6 +29,7 @@ from pag_retrofit.execution import (
     Call,
     Convolve,
     Decide,
+    Interpolate,
     Memory,
     Range,
     Resize,
@@ -605,6 +606,52 @@ def test_operators_write_where_later_passes_look() -> None:
     for _ in range(3):
         x = torch.randn(SHAPE)
         close(deployed(x), model(x))
+
+
+class Inverted(nn.Module):
+    """A wide map of a 1x1 convolution, read by one with stride 2 and maybe by somebody else."""
+
+    def __init__(self, activation: nn.Module, also_read: bool) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), activation)
+        self.down = nn.Conv2d(20, 20, 3, stride=2, padding=1, groups=20)
+        self.last = nn.Conv2d(20, 5, 1)
+        self.also_read = also_read
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.expand(x)
+        result: Tensor = self.last(self.down(wide).relu())
+        return result + wide.mean((2, 3))[:, :5, None, None] if self.also_read else result
+
+
+@pytest.mark.parametrize("size", [(12, 18), (11, 17)])
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.SiLU()])
+@pytest.mark.parametrize("also_read", [False, True])
+@torch.no_grad()
+def test_interpolation_waits_for_the_next_gate(
+    size: tuple[int, int], activation: nn.Module, also_read: bool
+) -> None:
+    x = torch.randn(2, 3, *size)
+    gated = gate_all(randomize(Inverted(activation, also_read)), tuple(x.shape), exclude=("last",))
+    gates = dict(named_gates(gated))
+    gates["down"].weight.normal_()
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for density in (1.0, 0.5, 0.1, 0.0):
+            agree(gated, deployed, x, density, "random")
+            with pag.override_gates(gated, density), pag.override_gates(deployed, density):
+                gates["down"].override = dict(named_gates(deployed))["down"].override = None
+                close(deployed(x), gated(x))  # it reads values that are not activated yet
+        order = [
+            type(step) for step in steps_of(deployed) if isinstance(step, Interpolate | Decide)
+        ]
+        assert order == [Decide, Decide, Interpolate]
+    if _kernels_are_there():
+        deployed = pag.deploy(gated)
+        with pag.override_gates(deployed, 0.0):
+            calls = deployed.profile(x)
+        filled = [args[2] for kind, args, _ in calls if kind == "interpolate"]
+        assert [int(count) > 0 for count in filled] == [also_read]
 
 
 @torch.no_grad()

@@ -588,6 +588,22 @@ class TestRows:
         assert torch.equal(masks[0][:, 0][sure], (logits >= 0)[sure])
         assert sure.float().mean() > 0.9
 
+    @pytest.mark.parametrize("activation", ["relu6", "silu", "leaky_relu"])
+    @pytest.mark.parametrize("channels", [1, 3, 16, 40, 64])
+    @pytest.mark.parametrize("computed", [None, 98, 99])
+    def test_gate_activates_what_was_not(
+        self, twin: ModuleType, activation: str, channels: int, computed: int | None
+    ) -> None:
+        x, weight, bias = 5 * torch.randn(1, 9, 11, channels), torch.randn(channels), torch.zeros(1)
+        done = None if computed is None else torch.tensor([computed], dtype=torch.int32)
+        seen = x if computed == 99 else activated(x, activation)
+        logits = seen[:, ::2, ::2].double() @ weight.double()
+        mask = twin.gate(
+            [x], weight, bias, (2, 2), (0, 0), (5, 6), [1], None, None, activation, 0.1, done
+        )
+        sure = logits.abs() > 1e-4
+        assert torch.equal(mask[:, 0][sure], (logits >= 0)[sure])
+
     def test_gate_is_open_at_zero(self, twin: ModuleType) -> None:
         x, nothing = torch.randn(1, 3, 3, 5), torch.zeros(5)
         mask = twin.gate([x], nothing, torch.zeros(1), (1, 1), (0, 0), (3, 3), [1], None, None)
@@ -772,6 +788,31 @@ class TestWholeMaps:
         expected = torch.where(listed[:, 0, :, :, None], x.relu(), x)
         twin.activate(x, *reference.list_pixels(listed, True), "relu", 0.0)
         assert torch.equal(x, expected)
+
+    @pytest.mark.parametrize("mask", ["all", "none", "random", "single"])
+    @pytest.mark.parametrize("kernel, groups", [(1, 1), (3, 1), (3, 20)])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_activation_waits_for_what_lies_between(
+        self, twin: ModuleType, mask: str, kernel: int, groups: int, batch: int
+    ) -> None:
+        """A convolution at all pixels activates them; one at some leaves that to `activate`."""
+        listed = mask_of(mask, (batch, 6, 7), 3)
+        pixels = kernels.PixelList(*reference.list_pixels(listed, True))
+        x, out = torch.randn(batch, 6, 7, 20), torch.full((batch, 6, 7, 20), UNTOUCHED)
+        window = Window((kernel,) * 2, (1, 1), (1, 1), (kernel // 2,) * 2)
+        weight, bias = torch.randn(20, 20 // groups, kernel, kernel), torch.randn(20)
+        layer = kernels.PerforatedConvolution(
+            weight, bias, window=window, groups=groups, activation="silu", activate_if_all=True
+        )
+        with_module(twin, lambda: layer(out, x, pixels))
+        sums = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=kernel // 2, groups=groups)
+        linear = sums.permute(0, 2, 3, 1)
+        here = listed[:, 0, :, :, None]
+        expected = F.silu(linear) if listed.all() else torch.where(here, linear, UNTOUCHED)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        twin.activate(out, *pixels, "silu", 0.0, pixels.length)
+        expected = torch.where(here, F.silu(linear), UNTOUCHED)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("pixels", [1, 63, 1000])
     def test_combine_and_copy(self, twin: ModuleType, pixels: int) -> None:
@@ -989,6 +1030,8 @@ class TestArguments:
             (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), stride=(0, 1)), "stride"),
             (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), size=(6, 6)), "inside x"),
             (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), offset=(9, 0)), "offset"),
+            (lambda x: OPS.gate(*decided(x), activation="tanh"), "activation='tanh'"),
+            (lambda x: OPS.gate(*decided(x), computed=torch.ones(2)), "computed is"),
             (lambda x: kernels.list_pixels(x), "mask is"),
             (lambda x: pointwise(torch.ones(2, 2), activation="tanh"), "activation="),
             (lambda x: kernels.needed_inputs(x[..., :1].mT, TINY, (0, 3)), "mask is|size="),
@@ -1078,6 +1121,13 @@ class Block(nn.Module):
         return (image.relu() + branch).relu().permute(0, 2, 3, 1)
 
 
+def decided(x: Tensor) -> tuple[Any, ...]:
+    """Arguments with which a gate decides one pixel of a map."""
+    channels = x.shape[-1]
+    weight, bias = torch.ones(channels), torch.zeros(1)
+    return [x], weight, bias, [1, 1], [0, 0], [1, 1], [1], None, None
+
+
 class TestOperators:
     def test_block(self, twin: ModuleType) -> None:
         block, x = Block(), torch.randn(2, 7, 9, 12)
@@ -1095,6 +1145,23 @@ class TestOperators:
             (OPS.layer_norm, (torch.empty_like(x), x, None, None, weight, None, 1e-6)),
             (OPS.masked_mean, (x, *listed)),
             (OPS.gate, ([x], weight, torch.ones(1), [2, 2], [1, 0], [2, 3], [1], None, None)),
+            (
+                OPS.gate,
+                (
+                    [x],
+                    weight,
+                    torch.ones(1),
+                    [1, 1],
+                    [0, 0],
+                    [5, 6],
+                    [1],
+                    None,
+                    None,
+                    "relu",
+                    0.0,
+                    listed[1],
+                ),
+            ),
             (OPS.list_pixels, (mask, True)),
             (OPS.needed_inputs, (mask, window, [5, 6])),
         ]

@@ -57,6 +57,7 @@ class ConvolutionArguments(NamedTuple):
         accumulate: Add what `out` holds, as a residual that is updated in place.
         residual_after: Add the residual after the activation instead of before.
         winograd: The weights are `transformed` before they were packed: a window of 3x3, stride 1.
+        activate_if_all: The activation is left out unless every pixel is listed.
     """
 
     out: Tensor
@@ -77,6 +78,7 @@ class ConvolutionArguments(NamedTuple):
     accumulate: bool
     residual_after: bool
     winograd: bool
+    activate_if_all: bool = False
 
 
 def pixel_stride(name: str, x: Tensor) -> int:

@@ -46,8 +46,8 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 _LIST = "PPq"
 _CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
-_CHANGED = Struct("4i" + _LIST + "Pqif")
-_GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "6P")
+_CHANGED = Struct("4i" + _LIST + "PqPif")
+_GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "7Pf")
 _LISTING = Struct("P2q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
@@ -240,7 +240,7 @@ def convolution(a: ConvolutionArguments) -> None:
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
-        a.winograd, 0,
+        a.winograd, a.activate_if_all,
         *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
@@ -282,7 +282,7 @@ def interpolate(
     x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
 ) -> None:
     """Fill listed pixels of `x` (B, H, W, C) from those at even rows and columns, activated."""
-    _change(_INTERPOLATE, x, pixels, length, activation, slope)
+    _change(_INTERPOLATE, x, pixels, length, activation, slope, None)
 
 
 def gate(
@@ -295,20 +295,25 @@ def gate(
     upsampling: Sequence[int],
     scale: Tensor | None,
     keep: Tensor | None,
+    activation: str = "none",
+    slope: float = 0.01,
+    computed: Tensor | None = None,
 ) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
 
     x (B, H, W, C) are the channels of the sources, upsampled. If `keep` is not negative, so many
-    pixels of each image instead, those where it is largest.
+    pixels of each image instead, those where it is largest. x is activated first, unless all of its
+    pixels were computed.
     """
     batch = len(sources[0])
     mask = torch.empty(batch, 1, *size, dtype=torch.bool)
     packed = _GATE.pack(
-        batch, *size, weight.numel(), *stride, *offset, len(sources), 0,
-        *_sources(sources, upsampling),
+        batch, *size, weight.numel(), *stride, *offset,
+        len(sources), _ACTIVATION_NUMBERS[activation], *_sources(sources, upsampling),
         _address(scale), weight.data_ptr(), bias.data_ptr(), _address(keep), mask.data_ptr(), 0,
+        _address(computed), slope,
     )  # fmt: skip
-    status = _call(_DECIDE, packed, sources, weight, bias, scale, keep, mask)
+    status = _call(_DECIDE, packed, sources, weight, bias, scale, keep, mask, computed)
     if status:
         raise MemoryError("no memory to rank the pixels of a gate")
     return mask
@@ -401,10 +406,15 @@ def group_norm(
 
 
 def activate(
-    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+    x: Tensor,
+    pixels: Tensor | None,
+    length: Tensor | None,
+    activation: str,
+    slope: float,
+    computed: Tensor | None = None,
 ) -> None:
-    """Apply an activation to listed pixels of `x` (B, H, W, C), in place."""
-    _change(_ACTIVATE, x, pixels, length, activation, slope)
+    """Activate listed pixels of `x` (B, H, W, C), in place; see `kernels.activate`."""
+    _change(_ACTIVATE, x, pixels, length, activation, slope, computed)
 
 
 def _change(
@@ -414,11 +424,14 @@ def _change(
     length: Tensor | None,
     activation: str,
     slope: float,
+    computed: Tensor | None,
 ) -> None:
     dense = x.shape[:3].numel()
-    number = _ACTIVATION_NUMBERS[activation]
-    packed = _CHANGED.pack(*x.shape, *_list(pixels, length, dense), *_map(x), number, slope)
-    status = _call(kind, packed, x, pixels, length)
+    packed = _CHANGED.pack(
+        *x.shape, *_list(pixels, length, dense), *_map(x), _address(computed),
+        _ACTIVATION_NUMBERS[activation], slope,
+    )  # fmt: skip
+    status = _call(kind, packed, x, pixels, length, computed)
     if status:
         raise _error(status, pixels, length, dense)
 

@@ -38,7 +38,7 @@ _LIBRARY.define(
     "convolution(Tensor(a!) out, Tensor[] sources, Tensor weights, Tensor? bias, Tensor? pixels, "
     "Tensor? length, int[] window, int[] size, int groups, int[] upsampling, str activation, "
     "float slope, Tensor? scale, Tensor? input_scale, Tensor? residual, bool accumulate, "
-    "bool residual_after, bool winograd) -> ()"
+    "bool residual_after, bool winograd, bool activate_if_all=False) -> ()"
 )
 _LIBRARY.define(
     "layer_norm(Tensor(a!) out, Tensor x, Tensor? pixels, Tensor? length, Tensor? weight, "
@@ -50,7 +50,8 @@ _LIBRARY.define(
 _LIBRARY.define("masked_mean(Tensor x, Tensor? pixels, Tensor? length) -> Tensor")
 _LIBRARY.define(
     "gate(Tensor[] sources, Tensor weight, Tensor bias, int[] stride, int[] offset, int[] size, "
-    "int[] upsampling, Tensor? scale, Tensor? keep) -> Tensor"
+    "int[] upsampling, Tensor? scale, Tensor? keep, str activation='none', float slope=0.01, "
+    "Tensor? computed=None) -> Tensor"
 )
 _LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size, int upsampling=1) -> Tensor")
@@ -182,6 +183,9 @@ def _gate(
     upsampling: Sequence[int],
     scale: Tensor | None,
     keep: Tensor | None,
+    activation: str = "none",
+    slope: float = 0.01,
+    computed: Tensor | None = None,
 ) -> Tensor:
     batch = len(sources[0]) if sources else 0
     channels = check_sources(sources, upsampling, batch, (0, 0))
@@ -190,10 +194,15 @@ def _gate(
     check_vector("scale", scale, (batch, channels))
     if keep is not None and (keep.shape != (1,) or keep.dtype != torch.int64):
         raise PagError(f"keep is {keep.dtype} {tuple(keep.shape)}: expected int64 (1,)")
+    if activation not in ACTIVATIONS:
+        raise PagError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    if computed is not None and (computed.shape != (1,) or computed.dtype != torch.int32):
+        raise PagError(f"computed is {computed.dtype} {tuple(computed.shape)}: expected int32 (1,)")
     _check_grid(sources, upsampling, stride, offset, size)
     result: Tensor = backend().gate(
-        sources, weight, bias, tuple(stride), tuple(offset), tuple(size), upsampling, scale, keep
-    )
+        sources, weight, bias, tuple(stride), tuple(offset), tuple(size), upsampling, scale, keep,
+        activation, slope, computed,
+    )  # fmt: skip
     return result
 
 
@@ -279,6 +288,9 @@ def _(
     upsampling: Sequence[int],
     scale: Tensor | None,
     keep: Tensor | None,
+    activation: str = "none",
+    slope: float = 0.01,
+    computed: Tensor | None = None,
 ) -> Tensor:
     return weight.new_empty(sources[0].shape[0], 1, *size, dtype=torch.bool)
 

@@ -69,6 +69,8 @@ class PerforatedConvolution(nn.Module):
         winograd: Compute in tiles of 2x2 pixels, with 4/9 of the multiplications and 16/9 of the
             weights; worth it where there are many pixels and channels. For windows of 3x3 with
             stride 1, ungrouped. Default False.
+        activate_if_all: Leave the activation out unless every pixel is listed: others will be
+            interpolated between them first. Default False.
 
     Raises:
         PagError: The activation is unknown, or the window is not one for Winograd's algorithm.
@@ -87,6 +89,7 @@ class PerforatedConvolution(nn.Module):
         activation: str = "none",
         slope: float = 0.01,
         winograd: bool = False,
+        activate_if_all: bool = False,
     ):
         """Pack the weight."""
         super().__init__()
@@ -96,6 +99,7 @@ class PerforatedConvolution(nn.Module):
         self.channels = own_channels * groups
         self.window, self.groups = window, groups
         self.activation, self.slope, self.winograd = activation, slope, winograd
+        self.activate_if_all = activate_if_all
         if winograd and not _takes_winograd(window, groups):
             raise PagError(
                 f"winograd=True with {window} and groups={groups}: expected kernel 3x3, stride 1, "
@@ -140,7 +144,8 @@ class PerforatedConvolution(nn.Module):
         convolve(
             out, maps, self.weights, self.bias, pixels, length, self._flat_window, size,
             self.groups, factors, self.activation, self.slope, e.scale, e.input_scale,
-            e.residual, e.accumulate, e.residual_after, self.winograd, checked=checked,
+            e.residual, e.accumulate, e.residual_after, self.winograd, self.activate_if_all,
+            checked=checked,
         )  # fmt: skip
         return out
 
@@ -278,6 +283,9 @@ def gate_mask(
     upsampling: Sequence[int] | None = None,
     scale: Tensor | None = None,
     keep: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.01,
+    computed: PixelList | None = None,
 ) -> Tensor:
     """Decide which pixels to compute: where weight . (scale * x) + bias >= 0.
 
@@ -293,6 +301,10 @@ def gate_mask(
         scale: (B, C); default ones.
         keep: (1,) int64, read at each replay: open so many pixels of every image, those where the
             sum is largest, of equal ones the first. Default, and if negative: all of at least 0.
+        activation: One of `ACTIVATIONS`, of x as it is read; default `"none"`.
+        slope: Of `"leaky_relu"`; default 0.01.
+        computed: Pixels of the one source that a convolution computed with `activate_if_all`: if
+            they are all, x is activated already. Default: it is not.
 
     Returns:
         Bool (B, 1, h, w).
@@ -310,8 +322,9 @@ def gate_mask(
         )
         size = (height, width)
     result: Tensor = _OPS.gate(
-        maps, weight, bias, list(stride), list(offset), list(size), factors, scale, keep
-    )
+        maps, weight, bias, list(stride), list(offset), list(size), factors, scale, keep,
+        activation, slope, None if computed is None else computed.length,
+    )  # fmt: skip
     return result
 
 
@@ -425,8 +438,23 @@ def group_norm(
 
 
 def activate(
-    x: Tensor, activation: str, slope: float = 0.01, listed: PixelList | None = None
+    x: Tensor,
+    activation: str,
+    slope: float = 0.01,
+    listed: PixelList | None = None,
+    *,
+    computed: PixelList | None = None,
 ) -> None:
-    """Apply one of `ACTIVATIONS` to the listed pixels of a map (B, H, W, C), in place."""
+    """Apply one of `ACTIVATIONS` to the listed pixels of a map (B, H, W, C), in place.
+
+    Args:
+        x: The map.
+        activation: Which one.
+        slope: Of `"leaky_relu"`; default 0.01.
+        listed: Default all pixels.
+        computed: Pixels that a convolution computed with `activate_if_all`: if they are all, this
+            does nothing. Default: it does.
+    """
     pixels, length = (None, None) if listed is None else listed
-    visible().activate(x, pixels, length, activation, slope)
+    done = None if computed is None else computed.length
+    visible().activate(x, pixels, length, activation, slope, done)

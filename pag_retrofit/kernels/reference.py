@@ -43,7 +43,8 @@ def convolution(a: ConvolutionArguments) -> None:
         residual = a.out if a.accumulate else a.residual
         if residual is not None and not a.residual_after:
             y = y + residual[where]
-        y = activated(y, a.activation, a.slope)
+        if not a.activate_if_all or len(listed) == batch * height * width:
+            y = activated(y, a.activation, a.slope)
         if residual is not None and a.residual_after:
             y = y + residual[where]
         a.out[where] = y
@@ -64,10 +65,17 @@ def activated(x: Tensor, activation: str, slope: float) -> Tensor:
 
 
 def activate(
-    x: Tensor, pixels: Tensor | None, length: Tensor | None, activation: str, slope: float
+    x: Tensor,
+    pixels: Tensor | None,
+    length: Tensor | None,
+    activation: str,
+    slope: float,
+    computed: Tensor | None = None,
 ) -> None:
-    """Apply an activation to listed pixels of `x` (B, H, W, C), in place."""
+    """Activate listed pixels of `x` (B, H, W, C), in place; see `kernels.activate`."""
     batch, height, width, _ = x.shape
+    if computed is not None and int(computed) == batch * height * width:
+        return
     where = _coordinates(_listed(pixels, length, batch * height * width), height, width)
     x[where] = activated(x[where], activation, slope)
 
@@ -154,11 +162,15 @@ def gate(
     upsampling: Sequence[int],
     scale: Tensor | None,
     keep: Tensor | None,
+    activation: str = "none",
+    slope: float = 0.01,
+    computed: Tensor | None = None,
 ) -> Tensor:
     """Mask, bool (B, 1, h, w): where weight . (scale * x) + bias >= 0 at strided pixels.
 
     x (B, H, W, C) are the channels of the sources, upsampled. If `keep` is not negative, so many
-    pixels of each image instead, those where it is largest.
+    pixels of each image instead, those where it is largest. x is activated first, unless all of its
+    pixels were computed.
     """
     rows = torch.arange(size[0]) * stride[0] + offset[0]
     columns = torch.arange(size[1]) * stride[1] + offset[1]
@@ -169,6 +181,8 @@ def gate(
         ],
         dim=3,
     )
+    if computed is None or int(computed) < sources[0].shape[:3].numel():
+        kept = activated(kept, activation, slope)
     if scale is not None:
         kept = kept * scale[:, None, None]
     scores = (kept @ weight + bias)[:, None]

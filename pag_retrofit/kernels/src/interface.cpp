@@ -373,11 +373,18 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   return failed.load() ? PAG_NO_MEMORY : PAG_OK;
 }
 
-int convolve(const pag_convolution* call, int threads) {
+int convolve(const pag_convolution* given, int threads) {
   const pag_kernels& table = kernels();
-  const int64_t pixels =
-      check_list(call->list, (int64_t)call->batch * call->out_height * call->out_width);
+  const int64_t all = (int64_t)given->batch * given->out_height * given->out_width;
+  const int64_t pixels = check_list(given->list, all);
   if (pixels <= 0) return (int)-pixels;
+  pag_convolution linear;
+  const pag_convolution* call = given;
+  if (given->activate_if_all && pixels < all) {
+    linear = *given;
+    linear.activation = PAG_NONE;
+    call = &linear;
+  }
   const pag_plan plan = make_plan(*call, pixels, table);
   if (call->winograd) return convolve_tiles(plan, threads);
   const int64_t weights =
@@ -431,6 +438,8 @@ int interpolate(const pag_map* call, int threads) {
 }
 
 int activate(const pag_map* call, int threads) {
+  if (call->computed && *call->computed == (int64_t)call->batch * call->height * call->width)
+    return PAG_OK;
   return change(call, threads, kernels().activate);
 }
 
@@ -530,6 +539,9 @@ int decide(const pag_gate* call, int threads) {
   const int64_t each = (int64_t)call->out_height * call->out_width, pixels = call->batch * each;
   const int64_t keep = call->keep ? *call->keep : -1;
   pag_gate ranked = *call;
+  const pag_source& first = call->sources[0];
+  if (call->computed && *call->computed == (int64_t)call->batch * first.height * first.width)
+    ranked.activation = PAG_NONE;
   if (keep >= 0) {
     const int64_t bytes = whole_lines(sizeof(float) * (pixels + 1));
     ranked.scores = reinterpret_cast<float*>(thread_scratch.at_least(2 * bytes));

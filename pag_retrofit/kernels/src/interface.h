@@ -40,7 +40,8 @@ struct pag_convolution {
   int32_t activation, residual_after_activation;
   float slope;  // of PAG_LEAKY_RELU
   int32_t source_count;
-  int32_t winograd, unused;  // 3x3 windows at every pixel, transformed weights: winograd.h
+  int32_t winograd;         // 3x3 windows at every pixel, transformed weights: winograd.h
+  int32_t activate_if_all;  // leave the activation to others unless all pixels are listed
   pag_source sources[PAG_MAX_SOURCES];
   pag_list list;
   const float* weights;      // packed, see packing.py
@@ -68,9 +69,11 @@ struct pag_rows {
 
 // A pixel's score is weight . (scale * in[offset + stride * pixel]) + bias. Open are those with a
 // score of at least 0, or the `keep` pixels of each image with the largest, of equal ones the first.
+// Inputs are activated as they are read, but not those of a map that was computed, and so activated,
+// at all of its pixels.
 struct pag_gate {
   int32_t batch, out_height, out_width, channels, stride[2], offset[2];
-  int32_t source_count, unused;
+  int32_t source_count, activation;
   pag_source sources[PAG_MAX_SOURCES];
   const float* scale;   // (batch, channels) or null
   const float* weight;  // (channels)
@@ -78,6 +81,8 @@ struct pag_gate {
   const int64_t* keep;  // null, or negative: all of at least 0
   uint8_t* mask;        // (batch, out_height, out_width)
   float* scores;        // (batch, out_height, out_width), written in place of the mask, or null
+  const int32_t* computed;  // pixels of the first source, or null
+  float slope;              // of PAG_LEAKY_RELU
 };
 
 // A dense-addressed map, of which listed pixels are changed.
@@ -86,6 +91,7 @@ struct pag_map {
   pag_list list;
   float* x;
   int64_t stride;
+  const int32_t* computed;  // PAG_ACTIVATE: if these are all pixels, they are activated; or null
   int32_t activation;
   float slope;  // of PAG_LEAKY_RELU
 };
