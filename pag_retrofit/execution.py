@@ -120,8 +120,6 @@ class ResultMemory:
 
     def take(self) -> Tensor:
         """Flat memory, uninitialised; given back when the last tensor that looks into it goes."""
-        if self._floats < _LARGE:
-            return torch.empty(self._floats)
         try:
             block = self._free.pop()
         except IndexError:
@@ -657,8 +655,7 @@ class Decide(Step):
                 held.copy_(new)
 
         gate = self.gate
-        dial = (gate.dial, gate.setting) if gate.has_dial else ()
-        tape.first(steer, gate.weight, gate.bias, gate.offset, *dial)
+        tape.first(steer, *gate.watched())
         return mask
 
     def _from(self, override: MaskOverride) -> Tensor:
@@ -931,18 +928,22 @@ def _is_value(x: Any) -> bool:
 
 
 class _Recording:
-    """A forward pass whose inputs and maps stay where they are.
+    """A forward pass whose maps stay where they are.
 
     Args:
         steps: Called with inputs, gives the results.
         arguments: Inputs.
-        apart: Which of the results kernels write, into memory of their own. The others are copied.
+        seen: Which of the inputs nothing but kernels look at: they read the caller's. Others are
+            copied.
+        apart: Which of the results kernels write, into memory of their own. Others, and small ones,
+            are copied.
     """
 
     def __init__(
         self,
         steps: Callable[[Sequence[Any]], list[Any]],
         arguments: Sequence[Any],
+        seen: Collection[int],
         apart: Collection[int],
     ):
         """Pass forward, and record that."""
@@ -951,10 +952,11 @@ class _Recording:
         self._seen = (-1, -1)  # nothing: the first replay has to be prepared
         with kernels.record_on(self._tape):
             self._results = steps(self._inputs)
+        self._readings = {index: self._tape.pointers_into(self._inputs[index]) for index in seen}
         self._apart = {
             index: (ResultMemory(x.numel()), self._tape.pointers_into(x))
             for index, x in enumerate(self._results)
-            if index in apart
+            if index in apart and x.numel() >= _LARGE
         }
 
     def results(self) -> list[Any]:
@@ -969,8 +971,8 @@ class _Recording:
 
     def repeat(self, arguments: Sequence[Any]) -> None:
         """Pass forward with other inputs."""
-        for held, new in zip(self._inputs, arguments, strict=True):
-            held.copy_(new)
+        for index, new in enumerate(arguments):
+            self._take(index, new)
         for index, (memory, pointers) in self._apart.items():
             last, flat = self._results[index], memory.take()
             self._results[index] = flat.as_strided(last.shape, last.stride())
@@ -981,6 +983,16 @@ class _Recording:
             self._tape.prepare()
             self._seen = seen
         kernels.replay(self._tape)
+
+    def _take(self, index: int, new: Any) -> None:
+        """Let the next replay read an input: where it is, if it is laid out as here."""
+        held, readings = self._inputs[index], self._readings.get(index)
+        if readings is None:
+            held.copy_(new)
+        elif type(new) is Tensor and new.stride() == held.stride():
+            self._tape.aim(readings, new.data_ptr())
+        else:
+            self._tape.aim(readings, held.copy_(new).data_ptr())
 
     def time_calls(self, rounds: int) -> list[tuple[str, tuple[Any, ...], float]]:
         """Pass forward more often, and time what is called: the fastest of each call."""
@@ -1028,6 +1040,7 @@ class Program:
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
         self._apart = self._written_by_kernels()
+        self._seen = self._read_by_kernels()
         self._recorded: list[_Recording] = []  # those that no thread is in
         self.free = self._releases(last, kept)
         self._most = self._most_at_once()
@@ -1040,12 +1053,21 @@ class Program:
         """One forward pass: recorded, or a replay of one that was."""
         if not kernels.can_record():
             return self._steps(arguments)
+        found = self.replay(arguments)
+        if found is not None:
+            return found
+        recorded = _Recording(self._steps, arguments, self._seen, self._apart.values())
+        results = recorded.results()
+        self._recorded.append(recorded)
+        return results
+
+    def replay(self, arguments: Sequence[Any]) -> list[Any] | None:
+        """One forward pass as recorded before; None if no recording is free."""
         try:
             recorded = self._recorded.pop()
         except IndexError:
-            recorded = _Recording(self._steps, arguments, self._apart.values())
-        else:
-            recorded.repeat(arguments)
+            return None
+        recorded.repeat(arguments)
         results = recorded.results()
         self._recorded.append(recorded)
         return results
@@ -1054,7 +1076,7 @@ class Program:
         self, arguments: Sequence[Any], rounds: int
     ) -> list[tuple[str, tuple[Any, ...], float]]:
         """Kernel calls of a pass: kind, what it was made of, seconds; native kernels only."""
-        recorded = _Recording(self._steps, arguments, self._apart.values())
+        recorded = _Recording(self._steps, arguments, self._seen, self._apart.values())
         recorded.repeat(arguments)
         return recorded.time_calls(rounds)
 
@@ -1101,6 +1123,13 @@ class Program:
             and output.name in made - seen
             and names.count(output.name) == 1
         }
+
+    def _read_by_kernels(self) -> list[int]:
+        """Inputs that nothing but kernels look at: their places among all."""
+        others = [step for step in self.steps if not isinstance(step, (*_BY_KERNELS, Decide))]
+        looked_at = {name for step in others for name in (*step.reads(), step.writes)}
+        looked_at |= {output.name for output in self.outputs if isinstance(output, Value)}
+        return [i for i, name in enumerate(self.inputs) if name not in looked_at]
 
     def _mark_in_place(self, last: dict[str, int], kept: set[str]) -> None:
         """Let copies take over the memory of values that nothing reads afterwards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,7 @@ class PixelGate(Gate):
         self.scale = channels**-0.5
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
+        self.common: Tensor | None = None
         if dial:
             self.dial = nn.Parameter(torch.zeros(1))
             self.register_buffer("setting", torch.zeros(()))
@@ -180,6 +181,15 @@ class PixelGate(Gate):
     def has_dial(self) -> bool:
         """Whether the budget has a say in the logit."""
         return "dial" in self._parameters
+
+    def steering(self) -> dict[str, Tensor]:
+        """What the logits depend on besides the input: own parameters and buffers, by name."""
+        names = ("weight", "bias", "offset", "dial", "setting")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """Tensors whose versions tell whether any of `steering` was changed."""
+        return tuple(self.steering().values()) if self.common is None else (self.common,)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map the site's input to a float32 mask (B, 1, h, w) of zeros and ones.
@@ -522,6 +532,30 @@ def turn_dials(gated: nn.Module, fraction: float) -> None:
         if isinstance(gate, PixelGate) and gate.has_dial:
             gate.setting.fill_((1 - fraction) / span if span > 0 else 0.0)
     Gate.changes += 1
+
+
+def count_changes_together(gates: Iterable[Gate]) -> None:
+    """Let one look tell whether any of many gates changed, where each look costs a cache miss.
+
+    Tensors that look into one memory share its version: what steers the gates becomes part of one.
+    """
+    parts = [
+        (gate, name, tensor)
+        for gate in gates
+        if isinstance(gate, PixelGate)
+        for name, tensor in gate.steering().items()
+    ]
+    if not parts:
+        return
+    common = torch.cat([tensor.detach().flatten() for _, _, tensor in parts])
+    pieces = common.split([tensor.numel() for _, _, tensor in parts])
+    for (gate, name, tensor), piece in zip(parts, pieces, strict=True):
+        own = piece.view(tensor.shape)
+        if isinstance(tensor, nn.Parameter):
+            gate.register_parameter(name, nn.Parameter(own, requires_grad=False))
+        else:
+            gate.register_buffer(name, own)
+        gate.common = common
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:

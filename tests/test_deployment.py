@@ -436,6 +436,67 @@ def test_later_passes_are_like_the_first(name: str) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
+@needs_kernels
+@torch.no_grad()
+def test_later_passes_read_inputs_where_they_are(deployed: DeployedNetwork) -> None:
+    """Laid out as recorded they are not copied; laid out otherwise they are."""
+    own = copy.deepcopy(deployed)
+    wide = torch.randn(2, 6, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = [torch.randn(SHAPE) for _ in range(3)]
+    images += [image.contiguous(memory_format=torch.channels_last) for image in images]
+    images += [wide[:, :3], nn.Parameter(images[0].flip(0))]
+    expected = [pag.deploy(deployed.gated)(image) for image in images]
+    own(images[0])
+    (program, _), *_ = own._programs.values()
+    held = program._recorded[0]._inputs[0]
+    before = held.clone()
+    for index in (3, 4, 0, 5, 1, 1, 3, 6, 4, 7, 2, 5):
+        kept = images[index].clone()
+        assert torch.equal(own(images[index]), expected[index])
+        assert torch.equal(images[index], kept)
+        if index in (3, 4, 5):
+            assert torch.equal(held, before)
+        before = held.clone()
+
+
+@torch.no_grad()
+def test_inputs_that_torch_looks_at_are_copied() -> None:
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.conv(x) + x.sin(), self.conv(y), y
+
+    model = randomize(Returned()).eval()
+    deployed = pag.deploy(model)
+    for _ in range(3):
+        images = [torch.randn(SHAPE).contiguous(memory_format=torch.channels_last) for _ in "xy"]
+        results = deployed(*images)
+        close(results, model(*images))
+        assert results[2].data_ptr() != images[1].data_ptr()
+
+
+@needs_kernels
+@torch.no_grad()
+def test_every_change_of_a_gate_is_noticed_in_a_copy_too(deployed: DeployedNetwork) -> None:
+    own, x = copy.deepcopy(deployed), torch.randn(SHAPE)
+    seen = [own(x), own(x)]
+    assert torch.equal(*seen)
+    gates = dict(named_gates(own))
+    first, *_, last = gates.values()
+    last.weight.normal_(0, 10)
+    seen.append(own(x))
+    first.bias.fill_(-1)
+    seen.append(own(x))
+    first.load_state_dict({**first.state_dict(), "offset": torch.tensor(2.0)})
+    seen.append(own(x))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[1:], seen[2:], strict=False))
+    assert torch.equal(seen[-1], pag.deploy(own.gated)(x))
+    assert torch.equal(deployed(x), seen[0])  # the one it was copied from has gates of its own
+
+
 def test_all_of_it_in_inference_mode() -> None:
     x = torch.randn(SHAPE)
     with torch.inference_mode():

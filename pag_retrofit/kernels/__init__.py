@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES, Taps
 from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
-from pag_retrofit.kernels.operators import backend, can_record, using
+from pag_retrofit.kernels.operators import backend, can_record, using, watched
 from pag_retrofit.kernels.perforated import (
     Epilogue,
     PerforatedConvolution,
@@ -59,4 +59,5 @@ __all__ = [
     "time_calls",
     "use_instruction_set",
     "using",
+    "watched",
 ]

@@ -98,15 +98,16 @@ def _best_backend() -> ModuleType:
 
 def can_record() -> bool:
     """Whether a forward pass may be recorded: native kernels, and nobody looks at operators."""
-    return backend() is native and not _watched()
+    return backend() is native and not watched()
 
 
 def visible() -> ModuleType:
     """The module that computes, or plain torch where somebody looks at operators."""
-    return reference if _watched() else backend()
+    return reference if watched() else backend()
 
 
-def _watched() -> bool:
+def watched() -> bool:
+    """Whether somebody looks at operators: a compiler or a dispatch mode."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
@@ -127,7 +128,7 @@ def convolve(*arguments: Any, checked: bool = False) -> None:
     if checked:
         backend().convolution(ConvolutionArguments(*arguments))
         return
-    if _watched() or type(arguments[0]) is not Tensor:
+    if watched() or type(arguments[0]) is not Tensor:
         torch.ops.pag_retrofit.convolution(*arguments)
     else:
         _convolution(*arguments)

@@ -40,7 +40,7 @@ class Tape:
         self._kept: list[tuple[Any, ...]] = []
         self._between: list[tuple[int, Callable[[], Any]]] = []
         self._first: list[Callable[[], Any]] = []
-        self._read: list[Tensor] = []
+        self._read: dict[int, Tensor] = {}
         self._calls: Any = None
         self._segments: list[tuple[int, int, Callable[[], Any] | None]] = []
 
@@ -69,11 +69,11 @@ class Tape:
     def first(self, function: Callable[[], Any], *read: Tensor) -> None:
         """Add a function that `prepare` calls, and the tensors that it reads."""
         self._first.append(function)
-        self._read += read
+        self._read |= {id(x): x for x in read}
 
     def version(self) -> int:
         """Higher after a tensor was changed that functions of `first` read."""
-        return sum(map(_VERSION, self._read))
+        return sum(map(_VERSION, self._read.values()))
 
     @property
     def last(self) -> int:
