@@ -72,6 +72,13 @@ class Either(Demand):
 
 
 @dataclass(frozen=True)
+class Outside(Demand):
+    """Pixels that are not in a set."""
+
+    of: Demand
+
+
+@dataclass(frozen=True)
 class Read(Demand):
     """Pixels that a convolution reads to compute those of a set.
 
@@ -156,12 +163,20 @@ class Demands:
             return None
         found = self._lists.get(demand)
         if found is None:
-            if isinstance(demand, Masked):
-                found = kernels.list_pixels(self.values[demand.mask], closed=not demand.wanted)
-            else:
-                found = kernels.list_pixels(self.map(demand))
+            closed = isinstance(demand, Outside)
+            found = self._list(demand.of if isinstance(demand, Outside) else demand, closed)
             self._lists[demand] = found
         return found
+
+    def _list(self, demand: Demand, closed: bool) -> kernels.PixelList:
+        """The pixels, or the others; the map of a union or an intersection is not made."""
+        if isinstance(demand, Masked):
+            return kernels.list_pixels(self.values[demand.mask], closed=closed == demand.wanted)
+        if isinstance(demand, Both | Either) and demand not in self._maps:
+            first, second = self.map(demand.first), self.map(demand.second)
+            operation = "and" if isinstance(demand, Both) else "or"
+            return kernels.list_pixels(first, closed=closed, other=second, operation=operation)
+        return kernels.list_pixels(self.map(demand), closed=closed)
 
     def map(self, demand: Demand) -> Tensor:
         """The pixels as a bool map (B, 1, h, w)."""
@@ -188,6 +203,9 @@ class Demands:
     def _either(self, demand: Either) -> Tensor:
         return kernels.combine(self.map(demand.first), self.map(demand.second), "or")
 
+    def _outside(self, demand: Outside) -> Tensor:
+        return kernels.combine(self.map(demand.of), None, "not")
+
     def _read(self, demand: Read) -> Tensor:
         by = self.map(demand.by)
         return kernels.needed_inputs(by, demand.window, demand.size, demand.upsampling)
@@ -198,5 +216,6 @@ _EVALUATIONS: dict[type[Demand], Callable[[Demands, Any], Tensor]] = {
     Grid: Demands._grid,
     Both: Demands._both,
     Either: Demands._either,
+    Outside: Demands._outside,
     Read: Demands._read,
 }

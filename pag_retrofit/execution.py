@@ -30,6 +30,7 @@ from pag_retrofit.demand import (
     Either,
     Grid,
     Masked,
+    Outside,
     both,
     either,
     read,
@@ -378,7 +379,7 @@ class Interpolate(Step):
     @property
     def where(self) -> Demand:
         """The pixels between those that were computed."""
-        return both(Masked(self.mask, False), Grid(self.mask, False))
+        return Outside(self.computed)
 
     @property
     def computed(self) -> Demand:
@@ -392,6 +393,7 @@ class Interpolate(Step):
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Interpolate and activate in place."""
         rows = as_rows(values[self.writes], self.layout)
+        demanded = either(demanded, Grid(self.mask))  # no more work, and a simpler set
         between = demands.listed(both(demanded, self.where))
         kernels.interpolate(rows, between, activation=self.activation, slope=self.slope)
         if self.activation != "none":

@@ -895,14 +895,22 @@ class TestLists:
         wanted=st.booleans(),
         pattern=st.sampled_from(MASKS),
         dtype=st.sampled_from([torch.bool, torch.float32, torch.uint8]),
+        operation=st.sampled_from(["", "and", "or"]),
     )
     def test_list_pixels(
-        self, shape: tuple[int, int, int], wanted: bool, pattern: str, dtype: torch.dtype
+        self,
+        shape: tuple[int, int, int],
+        wanted: bool,
+        pattern: str,
+        dtype: torch.dtype,
+        operation: str,
     ) -> None:
-        mask = mask_of(pattern, shape, 0)
-        expected = (mask.flatten() == wanted).nonzero()[:, 0]
+        mask, other = mask_of(pattern, shape, 0), mask_of("random", shape, 1)
+        found = {"": mask, "and": mask & other, "or": mask | other}[operation]
+        expected = (found.flatten() == wanted).nonzero()[:, 0]
+        combined = (other.to(dtype), operation) if operation else ()
         for module in (reference, operators.backend()):
-            pixels, length = module.list_pixels(mask.to(dtype), wanted)
+            pixels, length = module.list_pixels(mask.to(dtype), wanted, *combined)
             assert pixels.dtype is length.dtype is torch.int32
             assert pixels.numel() == mask.numel() and int(length) == expected.numel()
             assert torch.equal(pixels[: int(length)].long(), expected)
@@ -1033,6 +1041,8 @@ class TestArguments:
             (lambda x: OPS.gate(*decided(x), activation="tanh"), "activation='tanh'"),
             (lambda x: OPS.gate(*decided(x), computed=torch.ones(2)), "computed is"),
             (lambda x: kernels.list_pixels(x), "mask is"),
+            (lambda x: kernels.list_pixels(x[:1, :1], other=x[:1, :1, :1]), "other is"),
+            (lambda x: kernels.list_pixels(x[:, :1], other=x[:, :1], operation="not"), "'not'"),
             (lambda x: pointwise(torch.ones(2, 2), activation="tanh"), "activation="),
             (lambda x: kernels.needed_inputs(x[..., :1].mT, TINY, (0, 3)), "mask is|size="),
             (lambda x: kernels.needed_inputs(torch.ones(1, 1, 2, 2), TINY, (0, 3)), "size="),
@@ -1163,6 +1173,7 @@ class TestOperators:
                 ),
             ),
             (OPS.list_pixels, (mask, True)),
+            (OPS.list_pixels, (mask, False, mask, "or")),
             (OPS.needed_inputs, (mask, window, [5, 6])),
         ]
         for operator, arguments in calls:

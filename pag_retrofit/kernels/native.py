@@ -48,7 +48,7 @@ _CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "PqPif")
 _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "7Pf")
-_LISTING = Struct("P2q2P")
+_LISTING = Struct("2P3q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
 _COPY = Struct("2Pq")
@@ -319,15 +319,21 @@ def gate(
     return mask
 
 
-def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
-    mask = _bytes(mask)
+def list_pixels(
+    mask: Tensor, wanted: bool, other: Tensor | None = None, operation: str = "and"
+) -> tuple[Tensor, Tensor]:
+    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are.
+
+    With another mask: where both ("and"), or one of them ("or"), are, or are not, zero.
+    """
+    mask, other = _bytes(mask), None if other is None else _bytes(other)
     pixels = torch.zeros(mask.numel(), dtype=torch.int32)
     found = torch.empty(1, dtype=torch.int32)
     packed = _LISTING.pack(
-        mask.data_ptr(), mask.numel(), wanted, pixels.data_ptr(), found.data_ptr()
-    )
-    _call(_LIST_PIXELS, packed, mask, pixels, found)
+        mask.data_ptr(), _address(other), mask.numel(), wanted, OPERATIONS.index(operation),
+        pixels.data_ptr(), found.data_ptr(),
+    )  # fmt: skip
+    _call(_LIST_PIXELS, packed, mask, pixels, found, other)
     return pixels, found
 
 

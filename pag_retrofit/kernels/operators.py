@@ -53,7 +53,10 @@ _LIBRARY.define(
     "int[] upsampling, Tensor? scale, Tensor? keep, str activation='none', float slope=0.01, "
     "Tensor? computed=None) -> Tensor"
 )
-_LIBRARY.define("list_pixels(Tensor mask, bool wanted) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "list_pixels(Tensor mask, bool wanted, Tensor? other=None, str operation='and') "
+    "-> (Tensor, Tensor)"
+)
 _LIBRARY.define("needed_inputs(Tensor mask, int[] window, int[] size, int upsampling=1) -> Tensor")
 
 
@@ -227,9 +230,16 @@ def _check_grid(
 
 
 @torch.library.impl(_LIBRARY, "list_pixels", "CPU")
-def _list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _list_pixels(
+    mask: Tensor, wanted: bool, other: Tensor | None = None, operation: str = "and"
+) -> tuple[Tensor, Tensor]:
     _check_mask(mask)
-    result: tuple[Tensor, Tensor] = backend().list_pixels(mask, wanted)
+    if other is not None and (other.shape != mask.shape or operation not in ("and", "or")):
+        raise PagError(
+            f"other is {tuple(other.shape)}, operation={operation!r}: expected the shape of mask, "
+            f"{tuple(mask.shape)}, and 'and' or 'or'"
+        )
+    result: tuple[Tensor, Tensor] = backend().list_pixels(mask, wanted, other, operation)
     return result
 
 
@@ -297,7 +307,9 @@ def _(
 
 
 @torch.library.register_fake("pag_retrofit::list_pixels", lib=_LIBRARY)
-def _(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _(
+    mask: Tensor, wanted: bool, other: Tensor | None = None, operation: str = "and"
+) -> tuple[Tensor, Tensor]:
     return mask.new_empty(mask.numel(), dtype=torch.int32), mask.new_empty(1, dtype=torch.int32)
 
 

@@ -328,17 +328,21 @@ def gate_mask(
     return result
 
 
-def list_pixels(mask: Tensor, *, closed: bool = False) -> PixelList:
+def list_pixels(
+    mask: Tensor, *, closed: bool = False, other: Tensor | None = None, operation: str = "and"
+) -> PixelList:
     """List the pixels of a mask (B, 1, h, w), any type: those not zero, or the zero ones.
 
     Args:
         mask: Zero where a pixel is closed.
         closed: List the closed pixels.
+        other: Another mask of the same shape, combined with the first; default none.
+        operation: `"and"`, the default, or `"or"`.
 
     Raises:
-        PagError: The mask has another shape.
+        PagError: A mask has another shape, or the operation is unknown.
     """
-    return PixelList(*_OPS.list_pixels(mask, not closed))
+    return PixelList(*_OPS.list_pixels(mask, not closed, other, operation))
 
 
 def needed_inputs(

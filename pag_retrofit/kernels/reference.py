@@ -191,8 +191,15 @@ def gate(
     return scores >= 0
 
 
-def list_pixels(mask: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are."""
+def list_pixels(
+    mask: Tensor, wanted: bool, other: Tensor | None = None, operation: str = "and"
+) -> tuple[Tensor, Tensor]:
+    """Flat indices where a mask is, or is not, zero, padded with zeros, and how many they are.
+
+    With another mask: where both ("and"), or one of them ("or"), are, or are not, zero.
+    """
+    if other is not None:
+        mask = combine(mask != 0, other != 0, operation)
     found = ((mask != 0).flatten() == wanted).nonzero()[:, 0].int()
     pixels = torch.zeros(mask.numel(), dtype=torch.int32)
     pixels[: found.numel()] = found

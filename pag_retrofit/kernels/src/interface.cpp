@@ -634,33 +634,44 @@ int list_pixels(const pag_listing* call, int) {
   return PAG_OK;
 }
 
+// The open pixels of a row as far apart as their windows, so that each tap adds them side by side.
+const uint8_t* spread(const uint8_t* open, int64_t count, int64_t stride, uint8_t* room) {
+  if (stride == 1) return open;
+  memset(room, 0, count * stride);
+  for (int64_t x = 0; x < count; x++) room[x * stride] = open[x];
+  return room;
+}
+
+bool any_open(const uint8_t* open, int64_t count) {
+  uint8_t found = 0;
+  for (int64_t x = 0; x < count; x++) found |= open[x];
+  return found;
+}
+
 int read_pixels(const pag_reading* call, int) {
   const int shift = call->shift;
   const int64_t height = (int64_t)call->height << shift, width = (int64_t)call->width << shift;
-  const int64_t out_width = call->out_width;
+  const int64_t out_width = call->out_width, reach = out_width * call->stride[1];
+  uint8_t* room = reinterpret_cast<uint8_t*>(thread_scratch.at_least(whole_lines(reach + 1)));
+  if (!room) return PAG_NO_MEMORY;
   memset(call->needed, 0, (int64_t)call->batch * call->height * call->width);
   for (int64_t row = 0; row < (int64_t)call->batch * call->out_height; row++) {
     const int64_t image = row / call->out_height;
     const int64_t top = row % call->out_height * call->stride[0] - call->padding[0];
     const uint8_t* open = call->mask + row * out_width;
+    if (!any_open(open, out_width)) continue;
+    const uint8_t* apart = spread(open, out_width, call->stride[1], room);
     for (int64_t ky = 0; ky < call->kernel[0]; ky++) {
       const int64_t y = top + ky * call->dilation[0];
       if (y < 0 || y >= height) continue;
       uint8_t* line = call->needed + (image * call->height + (y >> shift)) * call->width;
       for (int64_t kx = 0; kx < call->kernel[1]; kx++) {
-        // Output pixels x with 0 <= left + x * stride < width.
         const int64_t left = kx * call->dilation[1] - call->padding[1];
-        const int64_t stride = call->stride[1];
-        const int64_t begin = left >= 0 ? 0 : (-left + stride - 1) / stride;
-        const int64_t end =
-            left >= width ? 0 : std::min<int64_t>(out_width, (width - 1 - left) / stride + 1);
-        if (shift) {
-          for (int64_t x = begin; x < end; x++) line[(left + x * stride) >> shift] |= open[x];
-        } else if (stride == 1) {
-          for (int64_t x = begin; x < end; x++) line[left + x] |= open[x];
-        } else {
-          for (int64_t x = begin; x < end; x++) line[left + x * stride] |= open[x];
-        }
+        const int64_t begin = std::max<int64_t>(-left, 0), end = std::min(reach, width - left);
+        if (shift)
+          for (int64_t x = begin; x < end; x++) line[(left + x) >> shift] |= apart[x];
+        else
+          for (int64_t x = begin; x < end; x++) line[left + x] |= apart[x];
       }
     }
   }

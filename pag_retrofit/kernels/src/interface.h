@@ -96,10 +96,15 @@ struct pag_map {
   float slope;  // of PAG_LEAKY_RELU
 };
 
-// Indices where (mask != 0) == wanted, ascending, and how many; the list holds nothing of use behind.
+enum pag_operation { PAG_AND, PAG_OR, PAG_NOT };
+
+// Indices where (mask != 0), or a combination of that with another mask, is as wanted, ascending, and
+// how many; the list holds nothing of use behind.
 struct pag_listing {
   const uint8_t* mask;
+  const uint8_t* other;  // or null
   int64_t pixels, wanted;
+  int64_t operation;  // PAG_AND or PAG_OR
   int32_t* list;  // (pixels)
   int32_t* found;
 };
@@ -112,8 +117,6 @@ struct pag_reading {
   const uint8_t* mask;  // (batch, out_height, out_width)
   uint8_t* needed;
 };
-
-enum pag_operation { PAG_AND, PAG_OR, PAG_NOT };
 
 // Of two masks, or of the first alone; entries are 0 or 1.
 struct pag_combination {

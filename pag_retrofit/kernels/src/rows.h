@@ -359,20 +359,35 @@ void decide(const pag_gate* call, int64_t begin, int64_t end) {
   decide_wide(call, begin, end, None());
 }
 
+#if defined(__AVX512F__)
+// Which of 16 bytes are not zero.
+PAG_INLINE unsigned open_pixels(const uint8_t* mask) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)mask));
+  return _mm512_test_epi32_mask(bytes, bytes);
+}
+#endif
+
 void list_pixels(const pag_listing* call) {
   constexpr int TOGETHER = LANES == 16 ? 16 : 8;
   const uint8_t flip = call->wanted ? 0 : 1;
+  const uint8_t* other = call->other;
+  const bool all = call->operation == PAG_AND;
   int64_t count = 0, i = 0;
-  const auto in = [&](int64_t at) { return (uint8_t)(call->mask[at] != 0) ^ flip; };
+  const auto in = [&](int64_t at) {
+    bool found = call->mask[at] != 0;
+    if (other) found = all ? found & (other[at] != 0) : found | (other[at] != 0);
+    return (uint8_t)found ^ flip;
+  };
   for (; i + TOGETHER <= call->pixels; i += TOGETHER) {
     int32_t* list = call->list + count;  // never behind the end: count <= i
 #if defined(__AVX512F__)
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(call->mask + i)));
-    const __mmask16 found = _mm512_test_epi32_mask(bytes, bytes) ^ (flip ? 0xffff : 0);
+    unsigned found = open_pixels(call->mask + i);
+    if (other) found = all ? found & open_pixels(other + i) : found | open_pixels(other + i);
+    found ^= flip ? 0xffff : 0;
     const __m512i steps =
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i indices = _mm512_add_epi32(_mm512_set1_epi32((int32_t)i), steps);
-    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(found, indices));
+    _mm512_storeu_si512(list, _mm512_maskz_compress_epi32((__mmask16)found, indices));
     count += __builtin_popcount(found);
 #else
     int found = 0;  // masks are patches: most groups are all in or all out
