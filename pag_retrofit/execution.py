@@ -636,28 +636,32 @@ class Decide(Step):
     def _record(
         self, tape: kernels.Tape, values: Values, computed: kernels.PixelList | None
     ) -> Tensor:
-        """The mask, which replays decide anew; one made up at that time is copied over it.
+        """The mask, which replays decide anew; then one made up stays in its place.
 
-        The gate decides all the same, so that made-up masks cost what its own would.
+        The gate decides all the same, elsewhere, so that made-up masks cost what its own would.
         """
         weight, bias, keep = self._parameters()
-        override = self.gate.override
         mask = self._own(values, computed, weight, bias, keep)
-        made_up = mask.clone() if override is None else self._from(override).clone()
-        kernels.copy(mask, made_up)
-        call, shown = tape.last, [override]
+        call, elsewhere = tape.last, torch.empty_like(mask)
+        places: list[tuple[int, int]] = []
+        shown: list[MaskOverride | None] = [None]
+
+        def show() -> None:
+            override = self.gate.override
+            if override is not None and override != shown[0]:
+                mask.copy_(self._from(override))
+            shown[0] = override
 
         def steer() -> None:
-            override = self.gate.override
-            tape.enable(call, override is not None)
-            if override is not None and override != shown[0]:
-                made_up.copy_(self._from(override))
-            shown[0] = override
+            show()
+            if not places:
+                places.extend(tape.pointers_into(mask, call))
+            tape.aim(places, (mask if shown[0] is None else elsewhere).data_ptr())
             for held, new in zip((weight, bias, keep), self._parameters(), strict=True):
                 held.copy_(new)
 
-        gate = self.gate
-        tape.first(steer, *gate.watched())
+        show()
+        tape.first(steer, *self.gate.watched())
         return mask
 
     def _from(self, override: MaskOverride) -> Tensor:

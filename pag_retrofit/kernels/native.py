@@ -59,7 +59,7 @@ _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
 
 KINDS = (
-    "skip", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
+    "", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
     "copy", "max pool", "activation", "resize", "group norm",
 )  # of pag_kind  # fmt: skip
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)

@@ -20,7 +20,6 @@ from torch import Tensor
 _CALL = Struct("qP")  # pag_call
 _POINTER = Struct("P")
 _VERSION = operator.attrgetter("_version")
-_SKIP = 0
 _ALIGNMENT = 8
 
 _RECORDING: contextvars.ContextVar[Tape | None] = contextvars.ContextVar("tape", default=None)
@@ -80,12 +79,6 @@ class Tape:
         """Index of the call that was recorded last."""
         return len(self._kinds) - 1
 
-    def enable(self, index: int, enabled: bool) -> None:
-        """Leave a call out of the replays, or take it in again."""
-        if self._calls is not None:
-            kind = self._kinds[index] if enabled else _SKIP
-            _CALL.pack_into(self._calls, index * _CALL.size, kind, self._address(index))
-
     def finish(self) -> None:
         """Lay the calls out as the native code reads them."""
         self._offsets, size = [], 0
@@ -96,21 +89,28 @@ class Tape:
         for index, packed in enumerate(self._packed):
             ctypes.memmove(self._address(index), packed, len(packed))
         self._calls = ctypes.create_string_buffer(max(len(self._kinds), 1) * _CALL.size)
-        for index in range(len(self._kinds)):
-            self.enable(index, True)
+        for index, kind in enumerate(self._kinds):
+            _CALL.pack_into(self._calls, index * _CALL.size, kind, self._address(index))
         begin, address = 0, ctypes.addressof(self._calls)
         for at, function in [*self._between, (len(self._kinds), None)]:
             self._segments.append((address + begin * _CALL.size, at - begin, function))
             begin = at
 
-    def pointers_into(self, memory: Tensor) -> list[tuple[int, int]]:
-        """Where arguments point into the memory of a tensor: byte among all, and how far in."""
+    def pointers_into(self, memory: Tensor, call: int | None = None) -> list[tuple[int, int]]:
+        """Where arguments point into the memory of a tensor: byte among all, and how far in.
+
+        Args:
+            memory: The tensor, without gaps.
+            call: Index of the one to look at; default all.
+        """
         begin = memory.data_ptr()
         end = begin + memory.numel() * memory.element_size()
         found = []
-        for offset, packed, pointers in zip(
-            self._offsets, self._packed, self._pointers, strict=True
+        for index, (offset, packed, pointers) in enumerate(
+            zip(self._offsets, self._packed, self._pointers, strict=True)
         ):
+            if call not in (None, index):
+                continue
             for at in pointers:
                 (address,) = _POINTER.unpack_from(packed, at)
                 if begin <= address < end:

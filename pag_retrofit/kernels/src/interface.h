@@ -171,8 +171,7 @@ struct pag_copy {
 
 // What a call computes, and the structure it takes.
 enum pag_kind {
-  PAG_SKIP,
-  PAG_CONVOLVE,       // pag_convolution
+  PAG_CONVOLVE = 1,   // pag_convolution
   PAG_LAYER_NORM,     // pag_rows
   PAG_MEAN,           // pag_rows
   PAG_INTERPOLATE,    // pag_map: listed pixels but those at even rows and columns become the means

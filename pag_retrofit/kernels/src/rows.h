@@ -169,37 +169,100 @@ struct Place {
   }
 };
 
+// Pixels side by side in an odd row: means of the two above and below, or of two such means.
+template <int COUNT, class Activation>
+PAG_INLINE void interpolate_run(const pag_map* call, const Place& at, int64_t pixels,
+                                Activation activate) {
+  const int64_t stride = call->stride, line = call->width * stride;
+  const int64_t below = at.y + 1 < call->height ? line : -line;
+  const int rest = call->channels - (COUNT - 1) * LANES;
+  float* out = call->x + at.index * stride;
+  Vector left[COUNT], right[COUNT];
+  const auto find = [&](const float* x, Vector (&mean)[COUNT]) PAG_LAMBDA {
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      const int count = j < COUNT - 1 ? LANES : rest;
+      const float* from = x + j * LANES;
+      mean[j] = (load_up_to(from - line, count) + load_up_to(from + below, count)) * 0.5f;
+    }
+  };
+  const auto write = [&](float* x, Vector (&mean)[COUNT]) PAG_LAMBDA {
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++)
+      store_up_to(x + j * LANES, activate(mean[j]), j < COUNT - 1 ? LANES : rest);
+  };
+  const int64_t end = at.x + pixels;
+  int64_t x = at.x;
+  find(x & 1 ? out - stride : out, left);
+  if (!(x & 1)) write(out, left), out += stride, x++;
+  for (; x < end; x += 2, out += 2 * stride) {
+    if (x + 1 < call->width)
+      find(out + stride, right);
+    else
+      memcpy(right, left, sizeof right);
+    Vector between[COUNT];
+    PAG_UNROLL
+    for (int j = 0; j < COUNT; j++) between[j] = (left[j] + right[j]) * 0.5f;
+    write(out, between);
+    if (x + 1 < end) write(out + stride, right);
+    memcpy(left, right, sizeof left);
+  }
+}
+
+PAG_INLINE int64_t run_length(const pag_map* call, const Place& at, int64_t position, int64_t end) {
+  int64_t pixels = 1;
+  while (position + pixels < end && at.x + pixels < call->width &&
+         index_at(call->list, position + pixels) == at.index + pixels)
+    pixels++;
+  return pixels;
+}
+
+template <class Activation>
+PAG_INLINE void interpolate_pixel(const pag_map* call, const Place& at, Activation activate) {
+  const int channels = call->channels;
+  const int64_t stride = call->stride, line = call->width * stride;
+  const bool down = at.y & 1, right = at.x & 1;
+  if (!down && !right) return;
+  float* out = call->x + at.index * stride;
+  // Past the last even row (column) the last one counts twice.
+  const int64_t above = down ? -line : 0, left = right ? -stride : 0;
+  const int64_t below = down && at.y + 1 < call->height ? line : above;
+  const int64_t beside = right && at.x + 1 < call->width ? stride : left;
+  const float *a = out + above + left, *b = out + below + beside;
+  if (!down || !right) {
+    for (int i = 0; i < channels; i += LANES) {
+      const int count = channels - i;
+      const Vector mean = (load_up_to(a + i, count) + load_up_to(b + i, count)) * 0.5f;
+      store_up_to(out + i, activate(mean), count);
+    }
+    return;
+  }
+  const float *c = out + below + left, *d = out + above + beside;
+  for (int i = 0; i < channels; i += LANES) {
+    const int count = channels - i;
+    const Vector first = (load_up_to(a + i, count) + load_up_to(c + i, count)) * 0.5f;
+    const Vector second = (load_up_to(d + i, count) + load_up_to(b + i, count)) * 0.5f;
+    store_up_to(out + i, activate((first + second) * 0.5f), count);
+  }
+}
+
 template <class Activation>
 PAG_INLINE void interpolate_with(const pag_map* call, int64_t begin, int64_t end,
                                  Activation activate) {
-  const int channels = call->channels;
-  const int64_t stride = call->stride, line = call->width * stride;
+  const int vectors = (call->channels + LANES - 1) / LANES;
   Place at;
-  for (int64_t position = begin; position < end; position++) {
+  for (int64_t position = begin; position < end;) {
     at.move(index_at(call->list, position), call->height, call->width);
-    const bool down = at.y & 1, right = at.x & 1;
-    if (!down && !right) continue;
-    float* out = call->x + at.index * stride;
-    // Past the last even row (column) the last one counts twice.
-    const int64_t above = down ? -line : 0, left = right ? -stride : 0;
-    const int64_t below = down && at.y + 1 < call->height ? line : above;
-    const int64_t beside = right && at.x + 1 < call->width ? stride : left;
-    const float *a = out + above + left, *b = out + below + beside;
-    if (!down || !right) {
-      for (int i = 0; i < channels; i += LANES) {
-        const int count = channels - i;
-        const Vector mean = (load_up_to(a + i, count) + load_up_to(b + i, count)) * 0.5f;
-        store_up_to(out + i, activate(mean), count);
-      }
-      continue;
-    }
-    const float *c = out + below + left, *d = out + above + beside;
-    for (int i = 0; i < channels; i += LANES) {
-      const int count = channels - i;
-      const Vector first = (load_up_to(a + i, count) + load_up_to(c + i, count)) * 0.5f;
-      const Vector second = (load_up_to(d + i, count) + load_up_to(b + i, count)) * 0.5f;
-      store_up_to(out + i, activate((first + second) * 0.5f), count);
-    }
+    int64_t pixels = 1;
+    // With few channels, finding the neighbours of each pixel would take the longest.
+    if (vectors <= 2 && at.y & 1) pixels = run_length(call, at, position, end);
+    if (pixels > 1 && vectors == 1)
+      interpolate_run<1>(call, at, pixels, activate);
+    else if (pixels > 1)
+      interpolate_run<2>(call, at, pixels, activate);
+    else
+      interpolate_pixel(call, at, activate);
+    position += pixels;
   }
 }
 
@@ -318,6 +381,65 @@ void decide_narrow(const pag_gate* call, int64_t row_begin, int64_t row_end) {
   }
 }
 
+// Where the pixels of one source are that a gate decides, LANES at a time; of fewer the last one again.
+struct GatePixels {
+  const pag_gate* call;
+  int64_t row, x;  // of the next one
+  const float* line;
+  const float* at[LANES];
+
+  GatePixels(const pag_gate* call, int64_t row) : call(call), row(row), x(0) { find_line(); }
+
+  PAG_INLINE void find_line() {
+    const int32_t image = (int32_t)(row / call->out_height);
+    const int32_t y = (int32_t)(row % call->out_height) * call->stride[0] + call->offset[0];
+    line = row_of(call->sources[0], image, y, 0);
+  }
+
+  PAG_INLINE void find(int count) {
+    const pag_source& source = call->sources[0];
+    for (int i = 0; i < count; i++, x++) {
+      if (x == call->out_width) {
+        x = 0;
+        row++;
+        find_line();
+      }
+      at[i] = line + ((x * call->stride[1] + call->offset[1]) >> source.shift) * source.stride;
+    }
+    for (int i = count; i < LANES; i++) at[i] = at[count - 1];
+  }
+};
+
+// One source of more channels: each weight is loaded once for LANES pixels.
+template <class Activation>
+PAG_INLINE void decide_deep(const pag_gate* call, int64_t row_begin, int64_t row_end,
+                            Activation activate) {
+  const int channels = call->channels;
+  const int64_t each = (int64_t)call->out_height * call->out_width, end = row_end * call->out_width;
+  GatePixels pixels(call, row_begin);
+  for (int64_t begin = row_begin * call->out_width; begin < end;) {
+    const int64_t image = begin / each;
+    const int64_t left = (end < (image + 1) * each ? end : (image + 1) * each) - begin;
+    const int count = left < LANES ? (int)left : LANES;
+    const float* scale = call->scale ? call->scale + image * channels : nullptr;
+    pixels.find(count);
+    Vector sums[LANES] = {};
+    for (int c = 0; c < channels; c += LANES) {
+      const int valid = channels - c;
+      Vector w = load_up_to(call->weight + c, valid);
+      if (scale) w *= load_up_to(scale + c, valid);
+      if (valid >= LANES)
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] += activate(load(pixels.at[i] + c)) * w;
+      else
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] += activate(load_first(pixels.at[i] + c, valid)) * w;
+    }
+    write_decisions(call, begin, count, sum_each(sums));
+    begin += count;
+  }
+}
+
 // One source of fewer channels than there is to gain from vectors: an image.
 template <int CHANNELS>
 void decide_few(const pag_gate* call, int64_t row_begin, int64_t row_end) {
@@ -346,17 +468,15 @@ void decide_few(const pag_gate* call, int64_t row_begin, int64_t row_end) {
 
 // Rows [begin, end) of output pixels, all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
-  if (call->activation != PAG_NONE)
-    return with_activation(call->activation, call->slope, [&](auto activate) PAG_LAMBDA {
-      decide_wide(call, begin, end, activate);
-    });
-  if (call->source_count == 1 && call->channels == 1) return decide_few<1>(call, begin, end);
-  if (call->source_count == 1 && call->channels == 3) return decide_few<3>(call, begin, end);
-  const int parts = call->source_count == 1 ? (call->channels + LANES - 1) / LANES : 0;
-  if (parts == 1) return decide_narrow<1>(call, begin, end);
-  if (parts == 2) return decide_narrow<2>(call, begin, end);
-  if (parts == 4) return decide_narrow<4>(call, begin, end);
-  decide_wide(call, begin, end, None());
+  const bool single = call->source_count == 1, plain = call->activation == PAG_NONE;
+  if (single && plain && call->channels == 1) return decide_few<1>(call, begin, end);
+  if (single && plain && call->channels == 3) return decide_few<3>(call, begin, end);
+  if (single && plain && call->channels <= LANES) return decide_narrow<1>(call, begin, end);
+  if (single && plain && call->channels <= 2 * LANES) return decide_narrow<2>(call, begin, end);
+  with_activation(call->activation, call->slope, [&](auto activate) PAG_LAMBDA {
+    if (single) return decide_deep(call, begin, end, activate);
+    decide_wide(call, begin, end, activate);
+  });
 }
 
 #if defined(__AVX512F__)
