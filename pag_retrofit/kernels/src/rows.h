@@ -647,8 +647,39 @@ PAG_INLINE void resize_row(const pag_resizing* call, int64_t row) {
   }
 }
 
+// The same of so few channels that vectors are worth more along the input row.
+void resize_thin_row(const pag_resizing* call, int64_t row) {
+  const int across = call->taps[1], channels = call->channels;
+  const int64_t image = row / call->out_height, y = row - image * call->out_height;
+  const int64_t stride = call->in_stride, line = call->width * stride;
+  const float* lines = call->in + (image * call->height + call->first[0][y]) * line;
+  const float* vertical = call->weights[0] + y * call->taps[0];
+  const int64_t floats = (call->width - 1) * stride + channels;
+  alignas(64) float strip[STRIP];
+  for (int64_t i = 0; i < floats; i += LANES) {
+    const int count = floats - i < LANES ? (int)(floats - i) : LANES;
+    store_up_to(strip + i, weighted(lines + i, line, vertical, call->taps[0], count), count);
+  }
+  float* out = call->out + row * call->out_width * call->out_stride;
+  const float* horizontal = call->weights[1];
+  for (int64_t x = 0; x < call->out_width; x++, out += call->out_stride, horizontal += across) {
+    const float* columns = strip + call->first[1][x] * stride;
+    asm("" : "+r"(columns));  // else compilers gather, which takes longer
+    for (int c = 0; c < channels; c++) {
+      float sum = 0;
+      for (int i = 0; i < across; i++) sum += columns[i * stride + c] * horizontal[i];
+      out[c] = sum;
+    }
+  }
+}
+
 // Rows [begin, end) of the output, all images.
 void resize(const pag_resizing* call, int64_t begin, int64_t end) {
+  constexpr int THIN = 4;  // channels
+  if (call->channels <= THIN && call->width * call->in_stride <= STRIP) {
+    for (int64_t row = begin; row < end; row++) resize_thin_row(call, row);
+    return;
+  }
   const bool two = call->taps[0] == 2 && call->taps[1] == 2;
   const bool strips = !two && call->taps[1] * call->in_stride <= STRIP;
   for (int64_t row = begin; row < end; row++) {
