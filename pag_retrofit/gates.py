@@ -165,7 +165,7 @@ class PixelGate(Gate):
         self.scale = channels**-0.5
         logit = math.log(initial_probability / (1 - initial_probability))
         self.bias = nn.Parameter(torch.full((1,), logit))
-        self.common: Tensor | None = None
+        self.common: Tensor | None = None  # see `count_changes_together`
         if dial:
             self.dial = nn.Parameter(torch.zeros(1))
             self.register_buffer("setting", torch.zeros(()))

@@ -1038,6 +1038,12 @@ class TestArguments:
             (lambda x: kernels.gate_mask(x, torch.ones(4), torch.ones(1), offset=(9, 0)), "offset"),
             (lambda x: OPS.gate(*decided(x), activation="tanh"), "activation='tanh'"),
             (lambda x: OPS.gate(*decided(x), computed=torch.ones(2)), "computed is"),
+            (
+                lambda x: kernels.gate_mask(
+                    [x, x], torch.ones(8), torch.ones(1), activation="relu"
+                ),
+                "2 sources: expected one",
+            ),
             (lambda x: kernels.list_pixels(x), "mask is"),
             (lambda x: kernels.list_pixels(x[:1, :1], other=x[:1, :1, :1]), "other is"),
             (lambda x: kernels.list_pixels(x[:, :1], other=x[:, :1], operation="not"), "'not'"),

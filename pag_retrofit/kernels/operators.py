@@ -200,6 +200,8 @@ def _gate(
         raise PagError(f"keep is {keep.dtype} {tuple(keep.shape)}: expected int64 (1,)")
     if activation not in ACTIVATIONS:
         raise PagError(f"activation={activation!r}: expected one of {ACTIVATIONS}")
+    if activation != "none" and len(sources) > 1:
+        raise PagError(f"activation={activation!r} of {len(sources)} sources: expected one source")
     if computed is not None and (computed.shape != (1,) or computed.dtype != torch.int32):
         raise PagError(f"computed is {computed.dtype} {tuple(computed.shape)}: expected int32 (1,)")
     _check_grid(sources, upsampling, stride, offset, size)

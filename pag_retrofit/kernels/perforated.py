@@ -301,7 +301,7 @@ def gate_mask(
         scale: (B, C); default ones.
         keep: (1,) int64, read at each replay: open so many pixels of every image, those where the
             sum is largest, of equal ones the first. Default, and if negative: all of at least 0.
-        activation: One of `ACTIVATIONS`, of x as it is read; default `"none"`.
+        activation: One of `ACTIVATIONS`, of x as it is read, if that is one map; default `"none"`.
         slope: Of `"leaky_relu"`; default 0.01.
         computed: Pixels of the one source that a convolution computed with `activate_if_all`: if
             they are all, x is activated already. Default: it is not.

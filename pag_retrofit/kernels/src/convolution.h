@@ -597,45 +597,34 @@ PAG_INLINE bool is_plain_dot(const pag_plan& plan) {
 }
 
 // One tap at positions [begin, end) of the list, LANES at a time: each weight is loaded once for all.
-template <int COLUMNS>
 PAG_OUTLINE void dot_pointwise(const pag_plan& plan, const float* weights, int64_t begin,
                                int64_t end) {
   const pag_convolution& call = *plan.call;
-  const int channels = call.channels;
-  with_activation(call.activation, call.slope, [&](auto activate) PAG_LAMBDA {
-    for (; begin < end; begin += LANES) {
-      const int count = end - begin < LANES ? (int)(end - begin) : LANES;
-      const float* rows[LANES];
-      float* out[LANES];
-      for (int i = 0; i < LANES; i++) {  // of fewer the last one again
-        const int64_t index = index_at(call.list, begin + (i < count ? i : count - 1));
-        rows[i] = call.sources[0].data + index * call.sources[0].stride;
-        out[i] = call.out + index * call.out_stride;
-      }
-      PAG_UNROLL
-      for (int j = 0; j < COLUMNS; j++) {
-        Vector sums[LANES] = {};
-        for (int c = 0; c < channels; c += LANES) {
-          const int valid = channels - c;
-          const Vector w = load_up_to(weights + (int64_t)j * channels + c, valid);
-          PAG_UNROLL
-          for (int i = 0; i < LANES; i++) sums[i] += load_up_to(rows[i] + c, valid) * w;
-        }
-        float results[LANES];
-        store(results, activate(sum_each(sums) + (call.bias ? call.bias[j] : 0.f)));
-        for (int i = 0; i < count; i++) out[i][j] = results[i];
-      }
+  const int channels = call.channels, columns = call.out_channels;
+  for (; begin < end; begin += LANES) {
+    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
+    const float* rows[LANES];
+    float* out[LANES];
+    for (int i = 0; i < LANES; i++) {  // of fewer the last one again
+      const int64_t index = index_at(call.list, begin + (i < count ? i : count - 1));
+      rows[i] = call.sources[0].data + index * call.sources[0].stride;
+      out[i] = call.out + index * call.out_stride;
     }
-  });
-}
-
-PAG_INLINE void dot_pixels_of_one_tap(const pag_plan& plan, const float* weights, int64_t begin,
-                                      int64_t end) {
-  switch (plan.call->out_channels) {
-    case 1: return dot_pointwise<1>(plan, weights, begin, end);
-    case 2: return dot_pointwise<2>(plan, weights, begin, end);
-    case 3: return dot_pointwise<3>(plan, weights, begin, end);
-    case 4: return dot_pointwise<4>(plan, weights, begin, end);
+    for (int j = 0; j < columns; j++) {
+      const float* column = weights + (int64_t)j * channels;
+      Vector sums[LANES] = {};
+      for (int c = 0; c < channels; c += LANES) {
+        const int valid = channels - c;
+        const Vector w = load_up_to(column + c, valid);
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] += load_up_to(rows[i] + c, valid) * w;
+      }
+      const Vector total = sum_each(sums) + (call.bias ? call.bias[j] : 0.f);
+      float results[LANES];
+      with_activation(call.activation, call.slope,
+                      [&](auto activate) PAG_LAMBDA { store(results, activate(total)); });
+      for (int i = 0; i < count; i++) out[i][j] = results[i];
+    }
   }
 }
 
@@ -917,8 +906,8 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
   }
   Multiplication tiles(plan, *scratch, block_begin, block_end);
   if (is_plain_dot(plan))
-    return dot_pixels_of_one_tap(plan, scratch->columns, tile_start(plan, tile_begin),
-                                 tile_start(plan, tile_end));
+    return dot_pointwise(plan, scratch->columns, tile_start(plan, tile_begin),
+                         tile_start(plan, tile_end));
   if (plan.thin) {
     const int64_t end = tile_start(plan, tile_end);
     for (int64_t at = tile_start(plan, tile_begin); at < end; at += TILE)

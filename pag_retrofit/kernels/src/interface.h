@@ -69,8 +69,8 @@ struct pag_rows {
 
 // A pixel's score is weight . (scale * in[offset + stride * pixel]) + bias. Open are those with a
 // score of at least 0, or the `keep` pixels of each image with the largest, of equal ones the first.
-// Inputs are activated as they are read, but not those of a map that was computed, and so activated,
-// at all of its pixels.
+// The input, if it is one map, is activated as it is read, but not that which was computed, and so
+// activated, at all of its pixels.
 struct pag_gate {
   int32_t batch, out_height, out_width, channels, stride[2], offset[2];
   int32_t source_count, activation;

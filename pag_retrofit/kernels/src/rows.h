@@ -273,13 +273,12 @@ void interpolate(const pag_map* call, int64_t begin, int64_t end) {
   });
 }
 
-// Add x * w, or x * w * scale, to a vector of sums, x activated.
-template <class Activation>
+// Add x * w, or x * w * scale, to a vector of sums.
 PAG_INLINE Vector add_products(Vector sums, const float* x, const float* w, const float* scale,
-                               int count, Activation activate) {
+                               int count) {
   for (int i = 0; i < count; i += LANES) {
     const int left = count - i;
-    Vector v = activate(load_up_to(x + i, left)) * load_up_to(w + i, left);
+    Vector v = load_up_to(x + i, left) * load_up_to(w + i, left);
     if (scale) v *= load_up_to(scale + i, left);
     sums += v;
   }
@@ -310,9 +309,7 @@ struct GateRow {
 };
 
 // A pixel that an upsampled source repeats is added up once.
-template <class Activation>
-PAG_INLINE void decide_wide(const pag_gate* call, int64_t row_begin, int64_t row_end,
-                            Activation activate) {
+void decide_wide(const pag_gate* call, int64_t row_begin, int64_t row_end) {
   for (int64_t number = row_begin; number < row_end; number++) {
     const GateRow row(call, number);
     const float* seen[PAG_MAX_SOURCES] = {};
@@ -328,7 +325,7 @@ PAG_INLINE void decide_wide(const pag_gate* call, int64_t row_begin, int64_t row
           const float* values = row.lines[s] + (x >> source.shift) * source.stride;
           if (values != seen[s]) {
             seen[s] = values;
-            parts[s] = add_products(Vector{}, values, weight, scale, source.channels, activate);
+            parts[s] = add_products(Vector{}, values, weight, scale, source.channels);
           }
           sums[i] += parts[s];
           weight += source.channels;
@@ -468,14 +465,15 @@ void decide_few(const pag_gate* call, int64_t row_begin, int64_t row_end) {
 
 // Rows [begin, end) of output pixels, all images.
 void decide(const pag_gate* call, int64_t begin, int64_t end) {
-  const bool single = call->source_count == 1, plain = call->activation == PAG_NONE;
-  if (single && plain && call->channels == 1) return decide_few<1>(call, begin, end);
-  if (single && plain && call->channels == 3) return decide_few<3>(call, begin, end);
-  if (single && plain && call->channels <= LANES) return decide_narrow<1>(call, begin, end);
-  if (single && plain && call->channels <= 2 * LANES) return decide_narrow<2>(call, begin, end);
+  if (call->source_count > 1) return decide_wide(call, begin, end);
+  if (call->activation == PAG_NONE) {
+    if (call->channels == 1) return decide_few<1>(call, begin, end);
+    if (call->channels == 3) return decide_few<3>(call, begin, end);
+    if (call->channels <= LANES) return decide_narrow<1>(call, begin, end);
+    if (call->channels <= 2 * LANES) return decide_narrow<2>(call, begin, end);
+  }
   with_activation(call->activation, call->slope, [&](auto activate) PAG_LAMBDA {
-    if (single) return decide_deep(call, begin, end, activate);
-    decide_wide(call, begin, end, activate);
+    decide_deep(call, begin, end, activate);
   });
 }
 
