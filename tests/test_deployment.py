@@ -670,49 +670,78 @@ def test_operators_write_where_later_passes_look() -> None:
 
 
 class Inverted(nn.Module):
-    """A wide map of a 1x1 convolution, read by one with stride 2 and maybe by somebody else."""
+    """A wide map of a 1x1 convolution, read by another one and maybe by somebody else."""
 
-    def __init__(self, activation: nn.Module, also_read: bool) -> None:
+    def __init__(
+        self, activation: nn.Module, geometry: tuple[int, int, int], also_read: bool
+    ) -> None:
         super().__init__()
+        kernel, stride, padding = geometry
         self.expand = nn.Sequential(nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), activation)
-        self.down = nn.Conv2d(20, 20, 3, stride=2, padding=1, groups=20)
+        self.next = nn.Conv2d(20, 20, kernel, stride, padding, groups=20)
         self.last = nn.Conv2d(20, 5, 1)
         self.also_read = also_read
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.expand(x)
-        result: Tensor = self.last(self.down(wide).relu())
+        result: Tensor = self.last(self.next(wide).relu())
         return result + wide.mean((2, 3))[:, :5, None, None] if self.also_read else result
 
 
+@pytest.mark.parametrize(
+    "geometry, waits",  # kernel, stride and padding
+    [((3, 2, 1), True), ((2, 2, 0), True), ((3, 2, 0), False), ((3, 1, 1), False)],
+)
 @pytest.mark.parametrize("size", [(12, 18), (11, 17)])
 @pytest.mark.parametrize("activation", [nn.ReLU6(), nn.SiLU()])
 @pytest.mark.parametrize("also_read", [False, True])
 @torch.no_grad()
-def test_interpolation_waits_for_the_next_gate(
-    size: tuple[int, int], activation: nn.Module, also_read: bool
+def test_interpolation_waits_for_a_gate_that_reads_none_of_it(
+    geometry: tuple[int, int, int],
+    waits: bool,
+    size: tuple[int, int],
+    activation: nn.Module,
+    also_read: bool,
 ) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 3, *size)
-    gated = gate_all(randomize(Inverted(activation, also_read)), tuple(x.shape), exclude=("last",))
-    gates = dict(named_gates(gated))
-    gates["down"].weight.normal_()
+    model = randomize(Inverted(activation, geometry, also_read))
+    gated = gate_all(model, tuple(x.shape), exclude=("last",))
+    gate = dict(named_gates(gated))["next"]
+    gate.weight.normal_()
+    gate.bias.zero_()
     for backend in ("auto", "reference"):
         deployed = pag.deploy(gated, backend)
         for density in (1.0, 0.5, 0.1, 0.0):
             agree(gated, deployed, x, density, "random")
             with pag.override_gates(gated, density), pag.override_gates(deployed, density):
-                gates["down"].override = dict(named_gates(deployed))["down"].override = None
-                close(deployed(x), gated(x))  # it reads values that are not activated yet
-        order = [
-            type(step) for step in steps_of(deployed) if isinstance(step, Interpolate | Decide)
-        ]
-        assert order == [Decide, Decide, Interpolate]
+                gate.override = dict(named_gates(deployed))["next"].override = None
+                close(deployed(x), gated(x))  # it may read values that are not activated yet
+        kinds = [k for s in steps_of(deployed) if (k := type(s)) in (Decide, Interpolate)]
+        expected = [Decide, Decide, Interpolate] if waits else [Decide, Interpolate, Decide]
+        assert kinds == expected
     if _kernels_are_there():
         deployed = pag.deploy(gated)
         with pag.override_gates(deployed, 0.0):
             calls = deployed.profile(x)
-        filled = [args[2] for kind, args, _ in calls if kind == "interpolate"]
-        assert [int(count) > 0 for count in filled] == [also_read]
+        (filled,) = (args[2] for kind, args, _ in calls if kind == "interpolate")
+        assert (int(filled) > 0) == (also_read or not waits)
+
+
+@torch.no_grad()
+def test_interpolation_does_not_wait_for_a_gate_that_decides_later() -> None:
+    class Twice(Inverted):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = self.expand(x)
+            return self.next(wide) + self.other(wide)
+
+    model = Twice(nn.ReLU6(), (3, 2, 1), False)
+    model.other = copy.deepcopy(model.next)
+    gated = gate_all(randomize(model))
+    deployed = pag.deploy(gated)
+    agree(gated, deployed, torch.randn(SHAPE), 0.3)
+    kinds = [k for s in steps_of(deployed) if (k := type(s)) in (Decide, Interpolate)]
+    assert kinds == [Decide, Interpolate, Decide, Decide]
 
 
 @torch.no_grad()
