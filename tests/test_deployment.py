@@ -6,6 +6,8 @@ import copy
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
+from pag_retrofit.demand import Demand, Masked
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
     Allocate,
@@ -34,9 +37,12 @@ from pag_retrofit.execution import (
     Range,
     Resize,
     ResultMemory,
+    Source,
+    Step,
 )
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
+from pag_retrofit.ordering import put_off
 
 SHAPE = (2, 3, 64, 64)
 
@@ -728,20 +734,35 @@ def test_interpolation_waits_for_a_gate_that_reads_none_of_it(
         assert (int(filled) > 0) == (also_read or not waits)
 
 
-@torch.no_grad()
-def test_interpolation_does_not_wait_for_a_gate_that_decides_later() -> None:
-    class Twice(Inverted):
-        def forward(self, x: Tensor) -> Tensor:
-            wide = self.expand(x)
-            return self.next(wide) + self.other(wide)
+@dataclass(kw_only=True)
+class Reader(Step):
+    """Reads a map where a mask is open."""
 
-    model = Twice(nn.ReLU6(), (3, 2, 1), False)
-    model.other = copy.deepcopy(model.next)
-    gated = gate_all(randomize(model))
-    deployed = pag.deploy(gated)
-    agree(gated, deployed, torch.randn(SHAPE), 0.3)
-    kinds = [k for s in steps_of(deployed) if (k := type(s)) in (Decide, Interpolate)]
-    assert kinds == [Decide, Interpolate, Decide, Decide]
+    mask: str
+
+    def reads(self) -> Iterator[str]:
+        yield "map"
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        yield "map", Masked(self.mask)
+
+
+@pytest.mark.parametrize("mask", ["first", "later"])
+def test_interpolation_waits_only_for_masks_that_are_decided_by_then(mask: str) -> None:
+    gated = gate_all(Inverted(nn.ReLU6(), (3, 2, 1), False))
+    gate, shape = gated.get_submodule("next.pag_gate"), (2, 1, 32, 32)
+    filled = Interpolate(writes="map", layout="BCHW", mask="open", activation="relu6", slope=0.0)
+    first, later = (
+        Decide(writes=name, gate=gate, sources=(Source(read, "BCHW"),), shape=shape, offset=(0, 0))
+        for name, read in (("first", "map"), ("later", "input"))
+    )
+    early, late = Reader(writes="a", mask="first"), Reader(writes="b", mask=mask)
+    order = put_off([filled, first, early, later, late], [])
+    kinds = [type(step) for step in order]
+    if mask == "first":
+        assert kinds == [Decide, Interpolate, Reader, Decide, Reader]
+    else:
+        assert order == [filled, first, early, later, late]
 
 
 @torch.no_grad()
