@@ -814,6 +814,29 @@ class TestWholeMaps:
         expected = torch.where(here, F.silu(linear), UNTOUCHED)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("mask", ["all", "random", "checkerboard"])
+    @pytest.mark.parametrize("out_channels", [1, 2, 3, 4])
+    @pytest.mark.parametrize("channels", [16, 20, 70])
+    def test_few_output_channels_of_one_tap(
+        self, twin: ModuleType, mask: str, out_channels: int, channels: int
+    ) -> None:
+        """Enough pixels for dot products, in maps that are slices of wider ones."""
+        listed = mask_of(mask, (2, 11, 13), 3)
+        x = torch.randn(2, 11, 13, channels + 3)[..., 1 : 1 + channels]
+        whole = torch.full((2, 11, 13, out_channels + 2), UNTOUCHED)
+        weight, bias = torch.randn(out_channels, channels), torch.randn(out_channels)
+        layer = kernels.PerforatedConvolution(
+            weight[:, :, None, None], bias, window=Window(*[(1, 1)] * 3, (0, 0)),
+            activation="sigmoid",
+        )  # fmt: skip
+        pixels = kernels.PixelList(*reference.list_pixels(listed, True))
+        with_module(twin, lambda: layer(whole[..., 1 : 1 + out_channels], x, pixels))
+        expected = torch.full_like(whole, UNTOUCHED)
+        here = listed[:, 0, :, :, None]
+        result = torch.where(here, (x @ weight.t() + bias).sigmoid(), UNTOUCHED)
+        expected[..., 1 : 1 + out_channels] = result
+        torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("pixels", [1, 63, 1000])
     def test_combine_and_copy(self, twin: ModuleType, pixels: int) -> None:
         a, b = torch.rand(2, 1, 1, 1, pixels) < 0.5
