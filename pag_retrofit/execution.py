@@ -35,7 +35,7 @@ from pag_retrofit.demand import (
     either,
     read,
 )
-from pag_retrofit.functional import Window
+from pag_retrofit.functional import POINTWISE, Window
 from pag_retrofit.gates import Gate, MaskOverride, PixelGate
 from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
@@ -331,7 +331,8 @@ class Convolve(Step):
             window, factor = self.layer.window, source.upsampling
             yield source.value, read(computed, window, size, factor) if size else EVERYWHERE
         if self.residual:
-            yield self.residual.value, computed
+            size, factor = self.residual.size or self.size, self.residual.upsampling
+            yield self.residual.value, read(computed, POINTWISE, size, factor)
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Convolve."""

@@ -72,6 +72,9 @@ class Window(NamedTuple):
     factors: tuple[int, ...] = ()
 
 
+POINTWISE = Window((1, 1), (1, 1), (1, 1), (0, 0))
+
+
 def dilated(window: Window, factor: int) -> Window:
     """The window of a convolution that keeps the size, with its dilation times a factor.
 

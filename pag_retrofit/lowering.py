@@ -9,7 +9,7 @@ convolutions and gates can read their parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ from pag_retrofit.exported import (
     shape_of,
     spatial_size,
 )
-from pag_retrofit.functional import Window, subsample
+from pag_retrofit.functional import POINTWISE, Window, subsample
 from pag_retrofit.gates import Gate, PixelGate
 from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
@@ -68,7 +68,6 @@ _VIEWS_OF_MASKS = frozenset(
 _NOT_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid"})
 _KEEPS_SIGN = frozenset({"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "add", "slice",
                          "upsample_nearest2d", "upsample_bilinear2d", "permute"})  # fmt: skip
-_POINTWISE = Window((1, 1), (1, 1), (1, 1), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class _Part:
         groups: Of the convolution.
         size: (H, W) of its input.
         where: At which pixels its result is the map's.
-        added: To what the map holds.
-        partial: Others are added to it.
+        added: What is added, or None.
     """
 
     sources: tuple[Source, ...]
@@ -94,8 +92,7 @@ class _Part:
     groups: int
     size: tuple[int, int]
     where: Demand = EVERYWHERE
-    added: bool = False
-    partial: bool = False
+    added: Source | None = None
 
     def scaled(self, scale: Tensor, shift: Tensor | None = None) -> _Part:
         """Multiply (and shift) each output channel."""
@@ -346,7 +343,7 @@ class _Lowering:
             (Source(source.name, layout),),
             weight.detach()[:, :, None, None],
             zero if bias is None else bias.detach(),
-            _POINTWISE,
+            POINTWISE,
             1,
             (rows[1], rows[2]),
         )
@@ -515,7 +512,7 @@ class _Lowering:
             (source,),
             one,
             torch.zeros(shape[1]),
-            _POINTWISE,
+            POINTWISE,
             shape[1],
             (shape[2], shape[3]),
         )
@@ -912,7 +909,7 @@ class _Lowering:
             residual = Source(group.residual.name, group.layout)
         parts = group.parts
         if _can_add(group):
-            parts = tuple(p for part in parts for p in self._on_small_maps(node, part, group))
+            parts = tuple(self._upsampled_last(node, part, group) for part in parts)
         for part in parts:
             where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
             if group.coarse:
@@ -925,7 +922,7 @@ class _Lowering:
                         part.bias,
                         window=part.window,
                         groups=part.groups,
-                        activation="none" if part.partial else activation,
+                        activation=activation,
                         slope=group.slope,
                         winograd=_by_winograd(part, group),
                         activate_if_all=bool(group.coarse),
@@ -934,8 +931,8 @@ class _Lowering:
                     sources=part.sources,
                     size=part.size,
                     where=where,
-                    residual=residual,
-                    accumulate=in_place or part.added,
+                    residual=part.added or residual,
+                    accumulate=in_place,
                     residual_after=group.residual_after,
                 )
             )
@@ -957,32 +954,32 @@ class _Lowering:
             self.not_negative.add(node)
         self.state.made.add(node)
 
-    def _on_small_maps(self, node: Node, part: _Part, group: _Group) -> Iterator[_Part]:
-        """A 1x1 convolution of upsampled maps, computed before; added to that of the others."""
+    def _upsampled_last(self, node: Node, part: _Part, group: _Group) -> _Part:
+        """Of a 1x1 convolution, what upsampled maps make, computed before, and the rest."""
         small = [self._is_half(source, part) for source in part.sources]
-        if part.window != _POINTWISE or part.groups > 1 or not any(small):
-            yield part
-            return
-        weights = part.weight.split([self._channels(source) for source in part.sources], 1)
-        halves, others = (
-            [
-                (s, w)
-                for s, w, half in zip(part.sources, weights, small, strict=True)
-                if half == wanted
-            ]
-            for wanted in (True, False)
-        )
-        rest = part
-        if others:
-            sources, weights = zip(*others, strict=True)
-            weight, rest = torch.cat(weights, 1), replace(part, bias=torch.zeros_like(part.bias))
-            yield replace(part, sources=sources, weight=weight, partial=True)
-        sources, weights = zip(*halves, strict=True)
-        rest = replace(rest, sources=sources, weight=torch.cat(weights, 1), added=bool(others))
-        yield self._once(node, rest, group)
+        if part.window != POINTWISE or part.groups > 1 or not any(small):
+            return part
+        channels, zeros = group.rows[3], torch.zeros_like(part.bias)
+        added = self._on_small_map(node, self._of_sources(part, small), group)
+        if not all(small):
+            others = self._of_sources(part, [not is_half for is_half in small])
+            return replace(others, bias=zeros, added=added)
+        ones = part.weight.new_ones(channels, 1, 1, 1)
+        return replace(part, sources=(added,), weight=ones, bias=zeros, groups=channels)
 
-    def _once(self, node: Node, part: _Part, group: _Group) -> _Part:
-        """Compute a 1x1 convolution of small maps where they are small; what spreads its result."""
+    def _of_sources(self, part: _Part, wanted: list[bool]) -> _Part:
+        """What a convolution makes of some of its sources."""
+        weights = part.weight.split([self._channels(source) for source in part.sources], 1)
+        return replace(
+            part,
+            sources=tuple(
+                source for source, keep in zip(part.sources, wanted, strict=True) if keep
+            ),
+            weight=torch.cat([w for w, keep in zip(weights, wanted, strict=True) if keep], 1),
+        )
+
+    def _on_small_map(self, node: Node, part: _Part, group: _Group) -> Source:
+        """A 1x1 convolution of maps half as large as the result, where they are small."""
         batch, height, width, channels = group.rows
         size, name = (height // 2, width // 2), f"{node.name}.{len(self.state.steps)}"
         buffer = Buffer((batch, *size, channels), "BCHW")
@@ -990,19 +987,13 @@ class _Lowering:
         self.state.steps.append(
             Convolve(
                 writes=name,
-                layer=kernels.PerforatedConvolution(part.weight, part.bias, window=_POINTWISE),
+                layer=kernels.PerforatedConvolution(part.weight, part.bias, window=POINTWISE),
                 layout="BCHW",
                 sources=tuple(source._replace(upsampling=1) for source in part.sources),
                 size=size,
             )
         )
-        return replace(
-            part,
-            sources=(Source(name, "BCHW", upsampling=2, size=size),),
-            weight=part.weight.new_ones(channels, 1, 1, 1),
-            bias=torch.zeros_like(part.bias),
-            groups=channels,
-        )
+        return Source(name, "BCHW", upsampling=2, size=size)
 
     def _is_half(self, source: Source, part: _Part) -> bool:
         """Whether a source is half as large as the input, and read upsampled."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from pag_retrofit import functional as pf
 from pag_retrofit import kernels
 from pag_retrofit.errors import PagError
-from pag_retrofit.functional import Window
+from pag_retrofit.functional import POINTWISE, Window
 from pag_retrofit.kernels import Taps, native, operators, reference
 from pag_retrofit.kernels.arguments import ConvolutionArguments
 from pag_retrofit.kernels.packing import (
@@ -116,7 +116,9 @@ class Case:
     batch: int = 2
     bias: bool = True
     activation: str = "none"
-    residual: str = "none"  # or "before", "after", "in place", "in place after"
+    residual: str = (
+        "none"  # or "before", "after", "small before", "in place", "in place after", ...
+    )
     scale: bool = False
     input_scale: bool = False
     winograd: bool = False
@@ -168,8 +170,10 @@ class Case:
         if not in_place:
             out.fill_(UNTOUCHED)
         residual = None
-        if self.residual in ("before", "after"):
-            residual = buffer(height, width, self.out_channels)
+        if self.residual != "none" and not in_place:
+            common = math.gcd(height, width)
+            factor = common & -common if self.residual.startswith("small") else 1
+            residual = buffer(height // factor, width // factor, self.out_channels)
         pixels, length = None, None
         if self.mask != "all":
             mask = mask_of(self.mask, (self.batch, height, width), self.seed)
@@ -204,6 +208,9 @@ class Case:
         y = y if a.bias is None else y + a.bias
         y = y if a.scale is None else y * a.scale[:, None, None]
         added = a.out if a.accumulate else a.residual
+        if a.residual is not None:
+            height, width = (a.out.shape[axis] // a.residual.shape[axis] for axis in (1, 2))
+            added = a.residual.repeat_interleave(height, 1).repeat_interleave(width, 2)
         if added is not None and not a.residual_after:
             y = y + added
         y = activated(y, self.activation)
@@ -247,6 +254,7 @@ def check(case: Case, module: ModuleType) -> None:
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+RESIDUALS = ["before", "after", "small before", "small after", "in place", "in place after"]
 
 
 @st.composite
@@ -288,9 +296,7 @@ def cases(draw: st.DrawFn) -> Case:
         batch=draw(st.integers(1, 3)),
         bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["none", "relu", *kernels.ACTIVATIONS])),
-        residual=draw(
-            st.sampled_from(["none", "none", "before", "after", "in place", "in place after"])
-        ),
+        residual=draw(st.sampled_from(["none", *RESIDUALS])),
         scale=draw(st.booleans()),
         input_scale=groups == 1 and draw(st.booleans()),
         wider=draw(st.sampled_from([0, 0, 3, 16])),
@@ -306,6 +312,28 @@ class TestConvolution:
     def test_agrees_with_torch(self, name: str, case: Case) -> None:
         with using(name) as module:
             check(case, module)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("channels, out_channels", [(16, 32), (20, 48), (70, 2), (12, 12)])
+    @pytest.mark.parametrize("winograd", [False, True])
+    def test_a_small_residual_is_read_upsampled(
+        self, twin: ModuleType, winograd: bool, channels: int, out_channels: int, mask: str
+    ) -> None:
+        window = Window((3, 3), (1, 1), (1, 1), (1, 1)) if winograd else POINTWISE
+        for residual, size in (("small before", (12, 20)), ("small after", (8, 40))):
+            check(
+                Case(
+                    (channels,),
+                    out_channels=out_channels,
+                    size=size,
+                    window=window,
+                    winograd=winograd,
+                    residual=residual,
+                    activation="relu",
+                    mask=mask,
+                ),
+                twin,
+            )
 
     @pytest.mark.parametrize("kernel", [1, 3])
     @pytest.mark.parametrize("pixels", [*range(1, 17), 27, 28, 29])
@@ -1031,6 +1059,8 @@ class TestArguments:
             (lambda a: {"length": a.pixels}, "length has"),
             (lambda a: {"pixels": None}, "length has"),
             (lambda a: {"residual": torch.ones(1, 6, 7, 6)}, "residual"),
+            (lambda a: {"residual": torch.ones(2, 3, 7, 7)}, "residual"),
+            (lambda a: {"residual": torch.ones(2, 12, 14, 7)}, "residual"),
             (lambda a: {"residual": torch.ones_like(a.out), "accumulate": True}, "residual"),
         ],
     )

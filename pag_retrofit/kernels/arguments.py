@@ -53,7 +53,8 @@ class ConvolutionArguments(NamedTuple):
         slope: Of `"leaky_relu"`.
         scale: (B, C'), multiplies the sums (bias included).
         input_scale: (B, C), multiplies the input; ungrouped convolutions only.
-        residual: Shaped as `out`, added at listed pixels.
+        residual: Shaped as `out`, or a power of two smaller in height and width and read
+            upsampled (nearest); added at listed pixels.
         accumulate: Add what `out` holds, as a residual that is updated in place.
         residual_after: Add the residual after the activation instead of before.
         winograd: The weights are `transformed` before they were packed: a window of 3x3, stride 1.
@@ -79,6 +80,13 @@ class ConvolutionArguments(NamedTuple):
     residual_after: bool
     winograd: bool
     activate_if_all: bool = False
+
+    @property
+    def residual_upsampling(self) -> int:
+        """How many pixels of `out`, in a row, one of the residual is added to."""
+        if self.residual is None:
+            return 1
+        return self.out.shape[1] // max(self.residual.shape[1], 1)
 
 
 def pixel_stride(name: str, x: Tensor) -> int:
@@ -210,10 +218,14 @@ def check_convolution(a: ConvolutionArguments) -> None:
     check_list(a.pixels, a.length)
     if a.residual is not None:
         pixel_stride("residual", a.residual)
-        if a.residual.shape != a.out.shape or a.accumulate:
+        factor = a.residual_upsampling
+        own_batch, height, width, own_channels = a.residual.shape
+        shape = (own_batch, height * factor, width * factor, own_channels)
+        if shape != tuple(a.out.shape) or factor.bit_count() != 1 or a.accumulate:
             raise PagError(
                 f"residual {tuple(a.residual.shape)}: expected the shape of out "
-                f"{tuple(a.out.shape)}, and accumulate=False"
+                f"{tuple(a.out.shape)} or a power of two fewer rows and columns, and "
+                "accumulate=False"
             )
 
 

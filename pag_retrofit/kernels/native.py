@@ -44,7 +44,7 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 # The structures of interface.h, packed by hand: ctypes takes longer to fill one than small layers
 # take to run.
 _LIST = "PPq"
-_CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5PqPq")
+_CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5P2qPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "PqPif")
 _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "7Pf")
@@ -233,8 +233,10 @@ def convolution(a: ConvolutionArguments) -> None:
     channels = sum(source.shape[3] for source in a.sources)
     out, out_stride = _map(a.out)
     residual, residual_stride = (out, out_stride) if a.accumulate else (0, 0)
+    residual_shift = 0
     if a.residual is not None:
         residual, residual_stride = _map(a.residual)
+        residual_shift = a.residual_upsampling.bit_length() - 1
     dense = batch * out_height * out_width
     packed = _CONVOLUTION.pack(
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
@@ -244,7 +246,7 @@ def convolution(a: ConvolutionArguments) -> None:
         *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
-        residual, residual_stride, out, out_stride,
+        residual, residual_stride, residual_shift, out, out_stride,
     )  # fmt: skip
     status = _call(_CONVOLVE, packed, a)
     if status:

@@ -41,7 +41,8 @@ class Epilogue(NamedTuple):
     y = after + activation(scale * (convolution + bias) + before)
 
     Args:
-        residual: (B, h, w, C'), `before` or `after`.
+        residual: (B, h, w, C'), or a power of two smaller in height and width, read upsampled;
+            `before` or `after`.
         accumulate: Take what the output holds as the residual: an update in place.
         residual_after: The residual is `after` instead of `before`.
         scale: (B, C').

@@ -40,14 +40,24 @@ def convolution(a: ConvolutionArguments) -> None:
             y = y + a.bias
         if a.scale is not None:
             y = y * a.scale[where[0]]
-        residual = a.out if a.accumulate else a.residual
-        if residual is not None and not a.residual_after:
-            y = y + residual[where]
+        added = _added(a, where)
+        if added is not None and not a.residual_after:
+            y = y + added
         if not a.activate_if_all or len(listed) == batch * height * width:
             y = activated(y, a.activation, a.slope)
-        if residual is not None and a.residual_after:
-            y = y + residual[where]
+        if added is not None and a.residual_after:
+            y = y + added
         a.out[where] = y
+
+
+def _added(a: ConvolutionArguments, where: tuple[Tensor, ...]) -> Tensor | None:
+    """What a convolution adds at pixels, or None."""
+    if a.accumulate:
+        return a.out[where]
+    if a.residual is None:
+        return None
+    image, y, x = where
+    return a.residual[image, y // a.residual_upsampling, x // a.residual_upsampling]
 
 
 def activated(x: Tensor, activation: str, slope: float) -> Tensor:

@@ -314,11 +314,27 @@ PAG_INLINE void copy_scaled(float* to, const float* from, const float* scale, in
   for (; i < count; i++) to[i] = from[i] * scale[i];
 }
 
+// The same of a pixel whose taps of a row are contiguous: those that are inside at once.
+PAG_INLINE void gather_lines(const pag_convolution& call, const Pixel& p, float* to) {
+  const pag_source& source = call.sources[0];
+  const int64_t length = (int64_t)call.kernel[1] * call.channels;
+  const int32_t first = p.x < 0 ? -p.x : 0;
+  const int32_t left = call.width - p.x, last = left < call.kernel[1] ? left : call.kernel[1];
+  for (int ky = 0; ky < call.kernel[0]; ky++, to += length) {
+    const int32_t y = p.y + ky * call.dilation[0];
+    memset(to, 0, sizeof(float) * length);
+    if ((uint32_t)y >= (uint32_t)call.height || first >= last) continue;
+    copy_floats(to + (int64_t)first * call.channels, row_of(source, p.image, y, p.x + first),
+                (int64_t)(last - first) * call.channels);
+  }
+}
+
 // Copy what one pixel reads next to each other, scaled if the call says so.
 PAG_INLINE void gather_pixel(const pag_plan& plan, const pag_scratch& scratch, int64_t position,
                              float* to) {
   const pag_convolution& call = *plan.call;
   const Pixel p = pixel_at(plan, position);
+  if (plan.joined) return gather_lines(call, p, to);
   const int sources = call.source_count;
   const float** rows = scratch.rows;
   for (int s = 0; s < sources; s++)
@@ -349,11 +365,40 @@ PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
             (e.activation == PAG_NONE || e.activation == PAG_RELU || e.activation == PAG_RELU6);
 }
 
+PAG_INLINE const float* residual_line(const pag_convolution& call, int32_t image, int32_t y) {
+  const int64_t height = call.out_height >> call.residual_shift;
+  const int64_t width = call.out_width >> call.residual_shift;
+  return call.residual + (image * height + (y >> call.residual_shift)) * width * call.residual_stride;
+}
+
+PAG_INLINE void aim_at_small_residual(const pag_plan& plan, int64_t begin, int pixels, Epilogue& e) {
+  const pag_convolution& call = *plan.call;
+  const float* line = nullptr;
+  int32_t last = -2, x = 0;
+  for (int i = 0; i < pixels; i++) {
+    const int32_t index = index_at(call.list, begin + i);
+    if (index == last + 1 && x + 1 < call.out_width) {
+      x++;  // as most are
+    } else {
+      const int32_t number = quotient(index, plan.per_width);
+      const int32_t image = quotient(number, plan.per_height);
+      x = index - number * call.out_width;
+      line = residual_line(call, image, number - image * call.out_height);
+    }
+    last = index;
+    e.residual[i] = line + (x >> call.residual_shift) * call.residual_stride;
+  }
+}
+
+// SMALL: the residual is read upsampled. Looking at that for each tile would cost all convolutions.
+template <bool SMALL>
 PAG_INLINE void aim_epilogue(const pag_plan& plan, int64_t begin, int pixels, Epilogue& e) {
   const pag_convolution& call = *plan.call;
   for (int i = 0; i < pixels; i++)
     e.out[i] = call.out + index_at(call.list, begin + i) * call.out_stride;
-  if (call.residual)
+  if (SMALL)
+    aim_at_small_residual(plan, begin, pixels, e);
+  else if (call.residual)
     for (int i = 0; i < pixels; i++)
       e.residual[i] = call.residual + index_at(call.list, begin + i) * call.residual_stride;
   if (call.scale)
@@ -707,6 +752,7 @@ PAG_INLINE void depthwise_vectors(int count, int pixels, const pag_plan& plan, T
 
 // A group of tiles goes through the channels together: neighbours share input rows, which stay
 // cached only as long as few other channels are read in between.
+template <bool SMALL>
 void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_begin,
                int64_t tile_end) {
   const pag_convolution& call = *plan.call;
@@ -722,7 +768,7 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
     const int64_t begin = tile_start(plan, tile_begin + t);
     pixels[t] = (int)(tile_start(plan, tile_begin + t + 1) - begin);
     start_epilogue(call, e[t]);
-    aim_epilogue(plan, begin, pixels[t], e[t]);
+    aim_epilogue<SMALL>(plan, begin, pixels[t], e[t]);
     Run run;
     if (plan.plain && find_run(plan, begin, pixels[t], run) && run.inside) {
       const float* row = row_of(call.sources[0], run.first.image, run.first.y, run.first.x);
@@ -817,6 +863,7 @@ void scale_pixels(const pag_plan& plan, int64_t begin, int64_t end) {
 }
 
 // What all tiles of one call share.
+template <bool SMALL>
 struct Multiplication {
   const pag_plan& plan;
   const pag_scratch& scratch;
@@ -843,7 +890,7 @@ struct Multiplication {
   // The tile of the pixels at [begin, end) of the list.
   PAG_INLINE void multiply(int64_t begin, int64_t end) {
     const pag_convolution& call = *plan.call;
-    aim_epilogue(plan, begin, (int)(end - begin), epilogue);
+    aim_epilogue<SMALL>(plan, begin, (int)(end - begin), epilogue);
     const TileRows rows = find_rows(plan, scratch, begin, end);
     Input input = {scratch.rows, rows.segments, call.source_count, lengths, 0};
     if (rows.joined) input.lengths = &joined_length;
@@ -868,7 +915,7 @@ struct Multiplication {
     Run run;
     const int pixels = (int)(end - begin);
     if (!find_run(plan, begin, pixels, run)) return false;
-    aim_epilogue(plan, begin, pixels, epilogue);
+    aim_epilogue<SMALL>(plan, begin, pixels, epilogue);
     find_seen(plan, scratch, run.first, pixels);
     multiply_runs<TILE>(pixels, plan, scratch.rows, epilogue);
     return true;
@@ -879,7 +926,7 @@ struct Multiplication {
     const pag_convolution& call = *plan.call;
     const float* in = find_strip(plan, begin, end);
     if (!in) return false;
-    aim_epilogue(plan, begin, TILE, epilogue);
+    aim_epilogue<SMALL>(plan, begin, TILE, epilogue);
     const int64_t step = call.stride[1] * call.sources[0].stride;
     for (int32_t index = 0; index < blocks; index++) {
       const pag_block& block = scratch.blocks[index];
@@ -892,21 +939,20 @@ struct Multiplication {
   }
 };
 
-// Blocks [block_begin, block_end) of output channels at tiles [tile_begin, tile_end) of pixels.
-void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t block_begin,
-                 int32_t block_end, int64_t tile_begin, int64_t tile_end) {
-  const pag_plan& plan = *shared;
+template <bool SMALL>
+PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, int32_t block_begin,
+                              int32_t block_end, int64_t tile_begin, int64_t tile_end) {
   if (plan.depthwise && only_scales(plan))
     return scale_pixels(plan, tile_start(plan, tile_begin), tile_start(plan, tile_end));
   if (plan.depthwise) {
     for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_GROUP)
-      depthwise(plan, *scratch, at,
-                at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
+      depthwise<SMALL>(plan, scratch, at,
+                       at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
     return;
   }
-  Multiplication tiles(plan, *scratch, block_begin, block_end);
+  Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end);
   if (is_plain_dot(plan))
-    return dot_pointwise(plan, scratch->columns, tile_start(plan, tile_begin),
+    return dot_pointwise(plan, scratch.columns, tile_start(plan, tile_begin),
                          tile_start(plan, tile_end));
   if (plan.thin) {
     const int64_t end = tile_start(plan, tile_end);
@@ -919,6 +965,15 @@ void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t blo
     const int64_t begin = tile_start(plan, tile), end = tile_start(plan, tile + 1);
     if (!runs || !tiles.multiply_as_run(begin, end)) tiles.multiply(begin, end);
   }
+}
+
+// Blocks [block_begin, block_end) of output channels at tiles [tile_begin, tile_end) of pixels.
+void convolution(const pag_plan* shared, const pag_scratch* scratch, int32_t block_begin,
+                 int32_t block_end, int64_t tile_begin, int64_t tile_end) {
+  if (shared->call->residual && shared->call->residual_shift)
+    convolve_with<true>(*shared, *scratch, block_begin, block_end, tile_begin, tile_end);
+  else
+    convolve_with<false>(*shared, *scratch, block_begin, block_end, tile_begin, tile_end);
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ struct pag_convolution {
   const float* scale;        // (batch, out_channels) or null
   const float* input_scale;  // (batch, channels) or null
   const float* residual;     // dense-addressed like the output, or null; may be the output itself
-  int64_t residual_stride;
+  int64_t residual_stride, residual_shift;  // it is read upsampled, as a source with that shift is
   float* out;
   int64_t out_stride;
 };

@@ -164,7 +164,9 @@ PAG_INLINE void aim_at_corners(const pag_convolution& call, const pag_tile_scrat
     const int64_t index = ((int64_t)p.image * call.out_height + y) * call.out_width + x;
     e.out[corner] = listed ? call.out + index * call.out_stride : scratch.nowhere;
     if (call.residual)
-      e.residual[corner] = listed ? call.residual + index * call.residual_stride : scratch.zeros;
+      e.residual[corner] = listed ? residual_line(call, p.image, y) +
+                                        (x >> call.residual_shift) * call.residual_stride
+                                  : scratch.zeros;
     if (call.scale) e.scale[corner] = call.scale + (int64_t)p.image * call.out_channels;
   }
 }
