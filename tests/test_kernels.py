@@ -103,6 +103,9 @@ def mask_of(pattern: str, shape: tuple[int, int, int], seed: int) -> Tensor:
     return mask
 
 
+RESIDUALS = ["before", "after", "small before", "small after", "in place", "in place after"]
+
+
 @dataclass(frozen=True)
 class Case:
     """One convolution with everything around it."""
@@ -116,9 +119,7 @@ class Case:
     batch: int = 2
     bias: bool = True
     activation: str = "none"
-    residual: str = (
-        "none"  # or "before", "after", "small before", "in place", "in place after", ...
-    )
+    residual: str = "none"  # or one of RESIDUALS
     scale: bool = False
     input_scale: bool = False
     winograd: bool = False
@@ -254,7 +255,6 @@ def check(case: Case, module: ModuleType) -> None:
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
-RESIDUALS = ["before", "after", "small before", "small after", "in place", "in place after"]
 
 
 @st.composite

@@ -253,7 +253,8 @@ int32_t tiles_along(int32_t size, int32_t dilation) {
   return (size + 2 * dilation - 1) / (2 * dilation) * dilation;
 }
 
-pag_tiling make_tiling(const pag_plan& plan) {
+pag_tiling make_tiling(const pag_plan& plan, int tile) {
+  constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
   const pag_convolution& call = *plan.call;
   pag_tiling tiling = {};
   tiling.rows = tiles_along(call.out_height, call.dilation[0]);
@@ -261,27 +262,20 @@ pag_tiling make_tiling(const pag_plan& plan) {
   tiling.per_rows = 1.0 / tiling.rows;
   tiling.per_columns = 1.0 / tiling.columns;
   find_repeating(call, tiling);
-  return tiling;
-}
-
-// How many of so many tiles are transformed together, and the memory for that.
-void make_room(const pag_plan& plan, int64_t count, int tile, pag_tiling& tiling) {
-  constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
-  const pag_convolution& call = *plan.call;
   tiling.patch = (call.channels + PAD - 1) / PAD * PAD + PAD;
   const int64_t bytes = PAG_PARTS * sizeof(float) * (tiling.patch + PAG_PRODUCT);
   // Weights that outgrow the cache are read anew for every group: larger ones then, though their
   // patches do not stay cached either.
   const int64_t weights = sizeof(float) * PAG_PARTS * call.channels * call.out_channels;
   const int64_t room = weights_budget() * (weights > 4 * weights_budget() ? 4 : 1);
-  const int64_t fitting = std::clamp<int64_t>(room / bytes / tile, 1, 16);
-  tiling.group = (int32_t)std::min(fitting, (count + tile - 1) / tile) * tile;
+  tiling.group = (int32_t)std::clamp<int64_t>(room / bytes / tile, 1, 16) * tile;
   tiling.patch_part = tiling.group * tiling.patch + PAD;
   tiling.product_part = tiling.group * PAG_PRODUCT + PAD;
   tiling.patches_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.patch_part);
   tiling.products_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.product_part);
   tiling.row_bytes = whole_lines(sizeof(float) * std::max(call.channels, call.out_channels));
   tiling.tiles_bytes = whole_lines(sizeof(int32_t) * (PAG_PARTS * tiling.group + 1));
+  return tiling;
 }
 
 // Along one axis: the tile of each pixel, whether it is its second one, and where tiles begin.
@@ -339,7 +333,7 @@ bool take_tile_scratch(const pag_tiling& tiling, pag_tile_scratch& scratch) {
 int convolve_tiles(const pag_plan& plan, int threads) {
   const pag_kernels& table = kernels();
   const pag_convolution& call = *plan.call;
-  pag_tiling tiling = make_tiling(plan);
+  pag_tiling tiling = make_tiling(plan, table.tile);
   const int64_t all = (int64_t)call.batch * tiling.rows * tiling.columns;
   const int64_t numbers = all + 2 * (call.out_height + call.out_width) + tiling.rows + tiling.columns;
   char* memory = thread_tiles.at_least(whole_lines(numbers * sizeof(int32_t) + all));
@@ -354,7 +348,6 @@ int convolve_tiles(const pag_plan& plan, int threads) {
     at[count] = (int32_t)i;
     count += open[i] != 0;
   }
-  make_room(plan, count, table.tile, tiling);
   tiling.tiles = at;
   tiling.open = open;
   tiling.first_rows = rows.first;
