@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py --jobs 2                 # all that is not in the results yet
     python benchmarks/coverage.py --only 'timm/*' --redo failed
+    python benchmarks/coverage.py --deployed               # the same of deployment
     python benchmarks/coverage_page.py                     # docs/coverage.md from the results
 
 Which networks: of each timm module the entry with the fewest parameters (`test_*` left out) that
@@ -25,6 +26,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from coverage_case import Case, examine
+from coverage_case import Case, examine, examine_deployed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -40,7 +42,8 @@ from torch import nn
 from pag_retrofit.checkpoints import write_json
 from pag_retrofit.stages import environment
 
-RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+SURGERY, DEPLOYMENT = RESULTS / "coverage.json", RESULTS / "coverage_deployed.json"
 STEMS = ("stem", "patch_embed", "pixel_embed")
 """In the names of modules that make the first map or tokens out of the image."""
 MERGED = ("fuse", "reparameterize", "switch_to_deploy")
@@ -68,6 +71,7 @@ LARGE = (
 """timm networks of many modules or parameters, for the time of surgery."""
 TOKEN_ARCHITECTURES = ("DPT", "Segformer", "UPerNet")
 """SMP architectures that take vision transformers as encoders."""
+Examination = Callable[[Case], dict[str, Any]]
 ACCEPTED = ("ok", "failed", "crashed", "timeout")
 """States of networks that the library itself builds."""
 
@@ -160,12 +164,12 @@ def all_cases(selection: dict[str, Any]) -> list[Case]:
 class Job:
     """One network in a process of its own, so that not even a crash stops the others."""
 
-    def __init__(self, context: Any, case: Case) -> None:
+    def __init__(self, context: Any, case: Case, examine: Examination) -> None:
         """Start."""
         self.case = case
         self.started = time.monotonic()
         self.connection, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(case, theirs))
+        self.process = context.Process(target=_work, args=(case, examine, theirs))
         self.process.start()
         theirs.close()
 
@@ -191,14 +195,21 @@ class Job:
         }
 
 
-def _work(case: Case, connection: Connection) -> None:
+def _work(case: Case, examine: Examination, connection: Connection) -> None:
     connection.send(examine(case))
 
 
 def run(
-    cases: list[Case], results: dict[str, Any], *, jobs: int, timeout: float, console: Console
+    cases: list[Case],
+    results: dict[str, Any],
+    *,
+    path: Path,
+    jobs: int,
+    timeout: float,
+    console: Console,
 ) -> None:
     """Try networks and write the results after each one."""
+    examination = examine_deployed if path == DEPLOYMENT else examine
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["coverage_case"])
     waiting = list(reversed(cases))
@@ -207,7 +218,7 @@ def run(
         task = progress.add_task("networks", total=len(cases))
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(Job(context, waiting.pop()))
+                running.append(Job(context, waiting.pop(), examination))
             wait([job.connection for job in running], timeout=5)
             for job in list(running):
                 record = job.result(timeout)
@@ -216,7 +227,7 @@ def run(
                 running.remove(job)
                 record["commit"] = results["environment"]["commit"]
                 results["networks"][job.case.id] = record
-                write_json(RESULTS, results)
+                write_json(path, results)
                 progress.update(task, advance=1, description=job.case.id)
                 if record["status"] not in ("ok", "not offered"):
                     console.print(f"[red]{job.case.id}[/]: {_failure(record)}", markup=True)
@@ -242,12 +253,12 @@ def _tracked(items: list[str], title: str, console: Console) -> Any:
 # --- results --------------------------------------------------------------------------------------
 
 
-def load_results() -> dict[str, Any]:
-    """Results so far, or empty ones."""
-    if RESULTS.is_file():
-        results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+def load_results(path: Path) -> dict[str, Any]:
+    """Results so far, or empty ones, which name the same networks as those of surgery."""
+    if path.is_file():
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
-    return {"networks": {}}
+    return {**load_results(SURGERY), "networks": {}} if path != SURGERY else {"networks": {}}
 
 
 def to_do(case: Case, results: dict[str, Any], redo: str) -> bool:
@@ -265,9 +276,9 @@ def summarize(results: dict[str, Any], console: Console) -> None:
         records = [r for n, r in results["networks"].items() if n.split("/")[0] == kind]
         offered = [record for record in records if record["status"] in ACCEPTED]
         shares = [record["gateable_share"] for record in offered if "gateable_share" in record]
-        median = f"{statistics.median(shares):.1%}" if shares else "-"
+        median = f", median gateable share {statistics.median(shares):.1%}" if shares else ""
         good = sum(record["status"] == "ok" for record in offered)
-        console.print(f"{kind}: {good} of {len(offered)} work, median gateable share {median}")
+        console.print(f"{kind}: {good} of {len(offered)} work{median}")
 
 
 def main() -> None:
@@ -279,15 +290,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--redo", choices=("none", "failed", "all"), default="none")
     parser.add_argument("--timeout", type=float, default=900, help="seconds per network")
+    parser.add_argument("--deployed", action="store_true", help="try deployment, not surgery")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(stderr=True)
-    results = load_results()
+    path = DEPLOYMENT if arguments.deployed else SURGERY
+    results = load_results(path)
     if results.get("selection", {}).get("timm_version") != timm.__version__:
         results["selection"] = select(console)
     results["environment"] = environment()
-    write_json(RESULTS, results)
+    write_json(path, results)
     patterns = arguments.only or ["*"]
     cases = [
         case
@@ -298,7 +311,14 @@ def main() -> None:
         print("\n".join(case.id for case in cases))
         return
     cases = [case for case in cases if to_do(case, results, arguments.redo)]
-    run(cases, results, jobs=arguments.jobs, timeout=arguments.timeout, console=console)
+    run(
+        cases,
+        results,
+        path=path,
+        jobs=arguments.jobs,
+        timeout=arguments.timeout,
+        console=console,
+    )
     summarize(results, console)
 
 

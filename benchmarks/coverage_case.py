@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import tempfile
 import time
@@ -29,6 +30,11 @@ SIZES = (128, 224, 256, 384)
 """Sides of the input in pixels; the first that the network accepts is taken."""
 CLASSES = 10
 TOP_REASONS = 5
+TOLERANCE, TIMES = 1e-4, 3.0
+"""How far a deployed network's outputs may be off, relative to the largest: TOLERANCE, or TIMES
+what rounding makes of the gated network's."""
+MASKS = ((1.0, "all"), (0.5, "blobs"), (0.1, "random"))
+"""Share and pattern of open pixels."""
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -110,6 +116,15 @@ class Subject:
 
 def examine(case: Case) -> dict[str, Any]:
     """Try one network; plain values for the results."""
+    return _prepared(case, _examine_surgery)
+
+
+def examine_deployed(case: Case) -> dict[str, Any]:
+    """Try one network deployed; plain values for the results."""
+    return _prepared(case, _examine_deployed)
+
+
+def _prepared(case: Case, examine: Callable[[Case, nn.Module, int], dict[str, Any]]) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
@@ -118,12 +133,13 @@ def examine(case: Case) -> dict[str, Any]:
         size = accepted_size(original)
     except NotOfferedError as error:
         return {"status": "not offered", "error": str(error)}
-    record: dict[str, Any] = {
-        "size": size,
-        "parameters": sum(p.numel() for p in original.parameters()),
-    }
+    enliven(original, size)
+    return {"size": size, **examine(case, original, size)}
+
+
+def _examine_surgery(case: Case, original: nn.Module, size: int) -> dict[str, Any]:
+    record: dict[str, Any] = {"parameters": sum(p.numel() for p in original.parameters())}
     try:
-        enliven(original, size)
         plan = pag.plan(original, 1.0, example_input=(1, 3, size, size))
         record |= describe(original, plan)
         started = time.perf_counter()
@@ -137,6 +153,78 @@ def examine(case: Case) -> dict[str, Any]:
     record["hybrid"] = any(name in subject.flops for name in ("bmm", "baddbmm", "attention"))
     failures = run_checks(subject, LIGHT_CHECKS if case.kind == "timm-large" else tuple(CHECKS))
     return {**record, "status": "failed" if failures else "ok", "failures": failures}
+
+
+# --- deployment -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _examine_deployed(case: Case, original: nn.Module, size: int) -> dict[str, Any]:
+    """Largest difference to the masked network, and the share of MACs that torch computes."""
+    record: dict[str, Any] = {}
+    x = torch.randn(2, 3, size, size)
+    try:
+        gated = pag.retrofit(original, 1.0, example_input=(1, 3, size, size)).eval()
+        started = time.perf_counter()
+        deployed = pag.deploy(gated)
+        deployed(x)
+        record["deployment_seconds"] = round(time.perf_counter() - started, 2)
+        found = [compare(gated, deployed, x, *mask) for mask in MASKS]
+        record["difference"] = max(difference for difference, _ in found)
+        record["rounding"] = max(rounding for _, rounding in found)
+        counted = operator_macs(original, x)
+        with FlopCounterMode(display=False) as counter:
+            deployed(x)
+        record["by_torch"] = round(counter.get_total_flops() / 2 / sum(counted.values()), 4)
+    except Exception as error:
+        return {**record, "status": "failed", "error": _message(error)}
+    return {**record, "status": "ok"}
+
+
+def compare(
+    gated: nn.Module, deployed: nn.Module, x: Tensor, density: float, pattern: Any
+) -> tuple[float, float]:
+    """How far outputs are from the masked network's, and that from itself in float64.
+
+    Fresh networks of many layers may magnify rounding. The second number is 0 where nobody asked:
+    the first is small.
+
+    Raises:
+        AssertionError: It is more than rounding.
+    """
+    expected = masked(gated, x, density, pattern)
+    results = masked(deployed, x, density, pattern)
+    results += masked(deployed, x, density, pattern)  # a repetition of the pass that was recorded
+    difference = largest_difference(results, expected * 2)
+    if difference <= TOLERANCE:
+        return difference, 0.0
+    exact = masked(copy.deepcopy(gated).double(), x.double(), density, pattern)
+    rounding, off = largest_difference(expected, exact), largest_difference(results, exact * 2)
+    expect(off <= TIMES * rounding, f"{off:.1e} off at {density}, rounding makes {rounding:.1e}")
+    return difference, rounding
+
+
+def masked(model: nn.Module, x: Tensor, density: float, pattern: Any) -> list[Tensor]:
+    """Outputs under made-up masks."""
+    with pag.override_gates(model, density, pattern=pattern):
+        return tensors(model(x))
+
+
+def largest_difference(results: list[Tensor], expected: list[Tensor]) -> float:
+    """Of any output, relative to the largest number in it."""
+    differences = []
+    for result, wanted in zip(results, expected, strict=True):
+        expect(
+            result.shape == wanted.shape, f"shape {tuple(result.shape)}, not {tuple(wanted.shape)}"
+        )
+        largest = wanted.abs().max().clamp_min(1e-12)
+        difference = float((result.to(wanted.dtype) - wanted).abs().max() / largest)
+        expect(math.isfinite(difference), "an output is not finite")
+        differences.append(difference)
+    return max(differences)
+
+
+# --- the library's networks -----------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,7 +111,16 @@ def either(first: Demand, second: Demand) -> Demand:
     for term in (*_terms(first), *_terms(second)):
         if not any(_lies_in(term, other) for other in terms):
             terms = [other for other in terms if not _lies_in(other, term)] + [term]
+    if any(_complement(term) in terms for term in terms):
+        return EVERYWHERE
     return functools.reduce(Either, terms)
+
+
+def _complement(demand: Demand) -> Demand | None:
+    """All other pixels, if that is as simple a set."""
+    if isinstance(demand, Masked | Grid):
+        return replace(demand, wanted=not demand.wanted)
+    return None
 
 
 def _terms(demand: Demand) -> Iterator[Demand]:

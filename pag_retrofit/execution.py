@@ -159,9 +159,9 @@ class Values(dict[str, Any]):
     def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         """Memory for a map, as rows (B, H, W, C)."""
         if name in self.apart:
-            return kernels.backend().empty(math.prod(shape)).view(*shape)
+            return kernels.backend().empty(math.prod(shape)).view(tuple(shape))
         flat, self.taken[name] = self.memory.take(math.prod(shape))
-        return flat.view(*shape)
+        return flat.view(tuple(shape))
 
     def hold(self, name: str, x: Tensor) -> Tensor:
         """A copy of a value in this memory, where it can be."""
@@ -1043,7 +1043,9 @@ class Program:
         kept = {output.name for output in outputs if isinstance(output, Value)}
         last: dict[str, int] = {}
         for index, step in enumerate(self.steps):
-            for name in (*step.reads(), step.writes, *masks_of(self.demanded[index], step)):
+            where = getattr(step, "where", EVERYWHERE)
+            looked_at = masks_of(self.demanded[index], where)
+            for name in (*step.reads(), step.writes, *looked_at):
                 last[name] = index
         self._mark_in_place(last, kept | set(inputs) | set(constants))
         self._apart = self._written_by_kernels()
@@ -1189,33 +1191,36 @@ class Program:
 
 
 def demands_of(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Demand]:
-    """Per step: where what it writes is needed.
+    """Per step: where what it writes is needed; everywhere, if that is not known by then.
 
     Args:
         steps: Of a program, in order.
         outputs: Names of the values that it ends with, or constants.
     """
+    first: dict[str, int] = {}
+    for index, step in enumerate(steps):
+        first.setdefault(step.writes, index)
     needed: dict[str, Demand] = {
         output.name: EVERYWHERE for output in outputs if isinstance(output, Value)
     }
     demanded: list[Demand] = []
-    for step in reversed(steps):
+    for index, step in reversed(list(enumerate(steps))):
         # A value that nothing reads is a map all of whose pixels are written by others.
         here = needed.get(step.writes, EVERYWHERE)
+        if any(first.get(mask, -1) > index for mask in masks_of(here)):
+            here = needed[step.writes] = EVERYWHERE  # for those that write it before, too
         demanded.append(here)
         for name, where in step.needs(here):
             needed[name] = either(needed[name], where) if name in needed else where
     return demanded[::-1]
 
 
-def masks_of(demanded: Demand, step: Step) -> Iterator[str]:
-    """Masks that are looked at when a step runs."""
-    pending: list[Any] = [demanded, getattr(step, "where", EVERYWHERE)]
+def masks_of(*demands: Demand) -> Iterator[str]:
+    """Masks that sets of pixels are made of."""
+    pending: list[Demand] = list(demands)
     while pending:
         demand = pending.pop()
-        for part in vars(demand).values():
-            if isinstance(part, Demand):
-                pending.append(part)
+        pending += [part for part in vars(demand).values() if isinstance(part, Demand)]
         name = getattr(demand, "mask", "")
         if name:
             yield name

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pag_retrofit import kernels
 from pag_retrofit.locality import ELEMENTWISE, Node, conv_arguments, operator_name, pair
+
+_REGIONS = (
+    torch.ops.higher_order.wrap_with_autocast,
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
+)
 
 
 def base_name(node: Node) -> str:
@@ -18,6 +23,39 @@ def base_name(node: Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     return operator_name(node).removesuffix("_")
+
+
+def inline_regions(graph: fx.Graph, module: nn.Module) -> None:
+    """Put what runs under autocast or gradient modes of its own among the other nodes, in place.
+
+    Deployed networks know neither: all is computed in the type that it has.
+
+    Args:
+        graph: Of an exported program.
+        module: Holds the regions' graphs.
+    """
+    for node in list(graph.nodes):
+        if node.target not in _REGIONS:
+            continue
+        place = next(i for i, x in enumerate(node.args) if _holds_region(x, module))
+        holder: Any = node.args[place]
+        region = getattr(module, holder.target)
+        inline_regions(region.graph, region)
+        inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        values = dict(zip(inputs, node.args[place + 1 :], strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(region.graph, values)
+        for item in list(node.users):
+            item.replace_all_uses_with(results[item.args[1]])
+            graph.erase_node(item)
+        graph.erase_node(node)
+        graph.erase_node(holder)
+
+
+def _holds_region(x: Any, module: nn.Module) -> bool:
+    if not isinstance(x, fx.Node) or x.op != "get_attr":
+        return False
+    return isinstance(getattr(module, str(x.target), None), fx.GraphModule)
 
 
 def shape_of(node: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pag_retrofit.exported import inline_regions
 from pag_retrofit.functional import (
     apply_mask,
     coarse,
@@ -103,4 +104,6 @@ def export_marked(
             if isinstance(child, PixelGate | BranchSelector):
                 setattr(module, name, MarkedGate(child))
     with in_mode(marked), quietly(), marking(), torch.no_grad():
-        return torch.export.export(marked, arguments, keywords, strict=False)
+        exported = torch.export.export(marked, arguments, keywords, strict=False)
+    inline_regions(exported.graph, exported.graph_module)
+    return exported

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pag_retrofit.execution import Decide, Interpolate, Step, demands_of, masks_of
+from pag_retrofit.demand import EVERYWHERE
+from pag_retrofit.execution import Decide, Interpolate, Step, demands_of
 
 
 def put_off(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Step]:
@@ -29,7 +30,7 @@ def put_off(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Step]:
     for step in steps:
         if isinstance(step, Interpolate):
             later = _after_gates(result, result.index(step))
-            if later is not None and _is_known(later, outputs, later.index(step)):
+            if later is not None and _is_limited(later, outputs, later.index(step)):
                 result = later
     return result
 
@@ -51,8 +52,6 @@ def _after_gates(steps: list[Step], begin: int) -> list[Step] | None:
     return None if waiting or result[begin] is step else result
 
 
-def _is_known(steps: Sequence[Step], outputs: Sequence[Any], index: int) -> bool:
-    """Whether all masks that a step looks at were decided before."""
-    made = {step.writes for step in steps[:index]}
-    ahead = {step.writes for step in steps[index:]} - made
-    return ahead.isdisjoint(masks_of(demands_of(steps, outputs)[index], steps[index]))
+def _is_limited(steps: Sequence[Step], outputs: Sequence[Any], index: int) -> bool:
+    """Whether masks tell, when a step runs, which of its pixels anyone will read."""
+    return demands_of(steps, outputs)[index] != EVERYWHERE

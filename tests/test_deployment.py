@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
-from pag_retrofit.demand import Demand, Masked
+from pag_retrofit.demand import EVERYWHERE, Demand, Masked
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
     Allocate,
@@ -39,6 +39,7 @@ from pag_retrofit.execution import (
     ResultMemory,
     Source,
     Step,
+    demands_of,
 )
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
@@ -763,6 +764,65 @@ def test_interpolation_waits_only_for_masks_that_are_decided_by_then(mask: str) 
         assert kinds == [Decide, Interpolate, Reader, Decide, Reader]
     else:
         assert order == [filled, first, early, later, late]
+
+
+class Fused(nn.Module):
+    """A convolution whose gate decides after the map that is added to it was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.large = nn.Conv2d(3, 8, 1), conv(8, 16, 3, stride=2)
+        self.small = nn.Sequential(conv(8, 4, 3), nn.ReLU(), conv(4, 16, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        small: Tensor = self.small(x)
+        return small + self.large(x)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3, 0.0])
+def test_a_map_may_be_there_before_the_mask_that_it_is_read_under(density: float) -> None:
+    gated = gate_all(randomize(Fused()).eval(), include=("large",))
+    deployed = pag.deploy(gated)
+    assert [name for name, _ in named_gates(gated)] == ["large"]
+    agree(gated, deployed, torch.randn(SHAPE), density)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_masks_that_are_decided_later_limit_nothing(known: bool) -> None:
+    gate = gate_all(CustomNet()).get_submodule("block.pag_gate")
+    decide = Decide(
+        writes="mask", gate=gate, sources=(Source("input", "BCHW"),), shape=SHAPE, offset=(0, 0)
+    )
+    fill = Interpolate(writes="map", layout="BCHW", mask="", activation="relu6", slope=0.0)
+    reader = Reader(writes="result", mask="mask")
+    steps: list[Step] = [decide, fill, reader] if known else [fill, decide, reader]
+    found = demands_of(steps, [])[steps.index(fill)]
+    assert found == (Masked("mask") if known else EVERYWHERE)
+
+
+class Exact(nn.Module):
+    """Attention that is computed in float32 whatever surrounds it, as some of timm's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = CustomNet().block
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            weights = x.float().flatten(2).mean(1, keepdim=True).softmax(-1)
+            with torch.autocast("cpu", enabled=False):
+                summed, total = x.flatten(2) @ weights.mT, weights.sum()
+        return x + summed[..., None] / total
+
+
+def test_regions_without_autocast_are_like_any_other() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), randomize(Exact()), nn.Conv2d(8, 4, 1)).eval()
+    gated = gate_all(model)
+    deployed = pag.deploy(gated)
+    for density in (1.0, 0.4):
+        agree(gated, deployed, torch.randn(SHAPE), density)
 
 
 @torch.no_grad()
