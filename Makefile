@@ -62,6 +62,7 @@ latency: $(STAMP)  ## deployed networks beside every dense runtime; leave the ma
 
 coverage: $(STAMP)  ## try every CNN family of timm and SMP; hours, goes on where it was
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --jobs 2 --deployed
 	$(BIN)/python benchmarks/coverage_page.py
 
 figures: $(STAMP)  ## write the tables of README and docs anew from benchmarks/results

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md from benchmarks/results/coverage.json.
+"""Writes docs/coverage.md from coverage.json and coverage_deployed.json in benchmarks/results.
 
 With `--check` it only tells whether the page is up to date.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+DEPLOYED = RESULTS.with_name("coverage_deployed.json")
 PAGE = ROOT / "docs" / "coverage.md"
 KINDS = {
     "timm": "timm, as classifier",
@@ -28,20 +29,30 @@ What `retrofit` does to one network of every convolutional family of timm and to
 of SMP architecture and encoder family, with the default configuration and fresh weights. Of each
 network the benchmark checks that open gates are bit-identical in evaluation, that a forward and
 backward pass with random gates is finite and reaches every parameter, that `measure` agrees with
-counts from outside the package, that a saved file gives the same network back, that the plan lists
-every layer, and that `remove` undoes all of it. `benchmarks/coverage.py` says how the networks were
-chosen.
+counts from outside the package, that a saved file gives the same network back, that the plan
+lists every layer, and that `remove` undoes all of it. `benchmarks/coverage.py` says how the
+networks were chosen.
 
 *Gateable* is the share of the network's multiply-accumulates inside sites, *floor* the smallest
-compute fraction it can reach, *surgery* the time that `retrofit` takes on one core. The last column
-says what stays dense, heaviest first, with its share."""
+compute fraction it can reach, *surgery* the time that `retrofit` takes on one core. The last
+column says what stays dense, heaviest first, with its share. [Deployment](#deployed) was tried on
+a part of them: how many of how many give the masked network's outputs."""
+DEPLOYMENT = """## Deployed
+
+The deployed network against the gated one under the same masks: all open, half of it in patches,
+a tenth of it at random; twice, for the second pass replays the first one. Outputs may be off by
+1e-4 of the largest, or by three times what rounding makes of the gated network in float32, seen
+from float64: some fresh networks magnify it. What the kernels do not know runs as torch runs it,
+densely: the share of the multiply-accumulates, where it is 1% or more."""
+LEAST_BY_TORCH = 0.01
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: dict[str, Any], deployed: dict[str, Any]) -> str:
     """Text of docs/coverage.md."""
     environment = results["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in environment["packages"].items() if v)
-    parts = [INTRODUCTION, f"Measured with {versions}, on {environment['cpu']}.", summary(results)]
+    parts = [INTRODUCTION, f"Measured with {versions}, on {environment['cpu']}."]
+    parts += [summary(results, deployed)]
     for kind, title in KINDS.items():
         records = _of_kind(results, kind)
         if records:
@@ -49,25 +60,29 @@ def page(results: dict[str, Any]) -> str:
         refused = [name for name, record in records.items() if record["status"] == "not offered"]
         if refused and kind != "smp":
             parts.append(f"The library itself does not offer: {', '.join(refused)}.")
+    parts += [DEPLOYMENT, deployment(deployed)]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: dict[str, Any]) -> str:
+def summary(results: dict[str, Any], deployed: dict[str, Any]) -> str:
     """How many networks pass every check, and medians, by kind and for CNNs alone."""
     lines = [
-        "| networks | tried | pass all checks | median gateable | median floor | longest surgery |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| networks | tried | pass all checks | median gateable | median floor | longest surgery "
+        "| deployed alike |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for kind, title in KINDS.items():
         records = _offered(_of_kind(results, kind))
         plain = {name: r for name, r in records.items() if not r.get("hybrid")}
-        lines += _summary_rows(title, records)
+        alike = _offered(_of_kind(deployed, kind))
+        lines += _summary_rows(title, records, alike)
         if kind == "timm" and len(plain) < len(records):
-            lines += _summary_rows(f"{title}: without attention", plain)
+            alike = {name: record for name, record in alike.items() if name in plain}
+            lines += _summary_rows(f"{title}: without attention", plain, alike)
     return "\n".join(lines)
 
 
-def _summary_rows(title: str, records: dict[str, Any]) -> list[str]:
+def _summary_rows(title: str, records: dict[str, Any], deployed: dict[str, Any]) -> list[str]:
     measured = [record for record in records.values() if "floor" in record]
     if not measured:
         return []
@@ -76,7 +91,29 @@ def _summary_rows(title: str, records: dict[str, Any]) -> list[str]:
         statistics.median(r[key] for r in measured) for key in ("gateable_share", "floor")
     )
     longest = max(record.get("surgery_seconds", 0.0) for record in measured)
-    return [f"| {title} | {len(records)} | {good} | {share:.1%} | {floor:.3f} | {longest:.1f} s |"]
+    alike = sum(record["status"] == "ok" for record in deployed.values())
+    cells = [title, len(records), good, f"{share:.1%}", f"{floor:.3f}", f"{longest:.1f} s"]
+    cells.append(f"{alike} of {len(deployed)}" if deployed else "")
+    return ["| " + " | ".join(map(str, cells)) + " |"]
+
+
+def deployment(results: dict[str, Any]) -> str:
+    """Deployed networks that are not like the others."""
+    environment = results["environment"]
+    lines = [
+        f"Tried: {len(_offered(results['networks']))} networks, with torch "
+        f"{environment['packages']['torch']}, on {environment['cpu']}.\n",
+        "| network | largest difference | by rounding | run by torch |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, r in sorted(_offered(results["networks"]).items()):
+        rounded = f"{r['rounding']:.1e}" if r.get("rounding") else ""
+        share = f"{r['by_torch']:.1%}" if r.get("by_torch", 0) >= LEAST_BY_TORCH else ""
+        if r["status"] != "ok":
+            lines.append(f"| {name} | **{_remarks(r)}** | {rounded} | {share} |")
+        elif rounded or share:
+            lines.append(f"| {name} | {r['difference']:.1e} | {rounded} | {share} |")
+    return "\n".join(lines)
 
 
 def table(records: dict[str, Any]) -> str:
@@ -148,7 +185,7 @@ def _offered(records: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Write the page, or check it."""
-    text = page(json.loads(RESULTS.read_text(encoding="utf-8")))
+    text = page(*(json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, DEPLOYED)))
     if "--check" not in sys.argv:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:

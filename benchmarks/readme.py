@@ -394,13 +394,13 @@ def memory_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def roofline_table(results: dict[str, Any]) -> str:
-    """Per network and density: time by kind of call, and the least that convolutions would take."""
+def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
+    """Per network and density: time by kind of call, the least, and the efficiency of that."""
     limits = results["limits"]
     lines = [
         "| network, open pixels | convolutions (ms) | at the least | of that by compute alone | "
-        "by memory alone | lists, halos, masks (ms) | the rest (ms) |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "by memory alone | lists, halos, masks (ms) | the rest (ms) | efficiency | at the least |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in results["runs"]:
         kinds = {name: 1e3 * seconds for name, seconds in run["kinds"].items()}
@@ -408,17 +408,30 @@ def roofline_table(results: dict[str, Any]) -> str:
         rest = sum(kinds.values()) - masks - kinds["convolution"]
         least = [1e3 * run[key] for key in ("least", "least_by_compute", "least_by_memory")]
         size = "x".join(map(str, run["input"][2:]))
+        variants = _variants(timed, run["model"], run["input"])
+        dense = min(v["milliseconds"] for v in variants.values() if v["dense"])
+        own = variants[f"deployed blobs {run['density']:g}"]
+        most = dense * own["fraction"] / (least[0] + masks + rest)
         lines.append(
             f"| {run['model'].partition(':')[2]}, {size}, {run['density']:g} | "
             f"{kinds['convolution']:.1f} | {' | '.join(f'{x:.1f}' for x in least)} | "
-            f"{masks:.1f} | {rest:.1f} |"
+            f"{masks:.1f} | {rest:.1f} | {own['efficiency']:.2f} | {most:.2f} |"
         )
     lines += [
         "",
         f"The best convolution does {limits['macs_per_second'] / 1e9:.0f} GMAC/s, memory is read "
-        f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s (`python benchmarks/roofline.py`).",
+        f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s (`python benchmarks/roofline.py`). The "
+        "last column is the efficiency if all convolutions took their least and the other columns "
+        "stayed as they are.",
     ]
     return "\n".join(lines)
+
+
+def _variants(timed: dict[str, Any], model: str, shape: list[int]) -> dict[str, Any]:
+    """What was timed of a network with one thread and patches of open pixels, by name."""
+    size = "x".join(map(str, shape))
+    run = timed["runs"][f"{model} {size} threads=1 blobs"]
+    return {variant["name"]: variant for variant in run["variants"]}
 
 
 def kernels_table(results: dict[str, Any]) -> str:
@@ -482,7 +495,7 @@ def _blocks() -> dict[str, dict[str, str]]:
             "camvid-table": summary,
             "camvid-picture": picture,
             "half-table": half_table(_read("tradeoff")),
-            "coverage-table": coverage_page.summary(_read("coverage")),
+            "coverage-table": coverage_page.summary(_read("coverage"), _read("coverage_deployed")),
             "latency-table": latency_table(timed, short=True),
         },
         "docs/camvid.md": {
@@ -494,7 +507,7 @@ def _blocks() -> dict[str, dict[str, str]]:
             "efficiency-table": efficiency_table(timed),
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),
-            "roofline-table": roofline_table(_read("roofline")),
+            "roofline-table": roofline_table(_read("roofline"), timed),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
         "docs/kernels.md": {"kernels-table": kernels_table(_read("kernels"))},

@@ -30,7 +30,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "roofline.json"
 CASES = (
     ("smp:Unet:resnet34", (1, 3, 384, 480)),
     ("timm:resnet50", (1, 3, 224, 224)),
+    ("timm:resnet50", (1, 3, 512, 512)),
+    ("timm:convnext_tiny", (1, 3, 224, 224)),
+    ("smp:DeepLabV3Plus:resnet50", (1, 3, 384, 480)),
     ("timm:mobilenetv2_100", (1, 3, 224, 224)),
+    ("smp:Unet:tu-mobilenetv2_100", (1, 3, 384, 480)),
 )
 DENSITIES = (1.0, 0.1)
 PASSES = 9

@@ -29,8 +29,9 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 def test_the_figures_are_those_of_the_results():
     for path, text in readme.render().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run make figures"
-    coverage = json.loads(coverage_page.RESULTS.read_text(encoding="utf-8"))
-    assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(coverage)
+    paths = (coverage_page.RESULTS, coverage_page.DEPLOYED)
+    results = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(*results)
 
 
 def test_a_missing_marker_is_named():
