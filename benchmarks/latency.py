@@ -63,6 +63,8 @@ CASES = (
     Case("smp:UPerNet:tu-convnext_tiny", "1x3x384x480"),
     Case("timm:efficientnet_b0", "1x3x224x224"),
     Case("timm:resnet50", "1x3x512x512"),
+    Case("timm:resnet50", "8x3x224x224"),
+    Case("timm:convnext_tiny", "8x3x224x224"),
     Case("smp:Unet:resnet34", "1x3x384x480", pattern="random"),
     Case("smp:Unet:resnet34", "1x3x384x480", threads=2),
     Case("timm:resnet50", "1x3x224x224", threads=2),
@@ -110,7 +112,7 @@ def draw(results: dict[str, Any]) -> None:
         run = results["runs"].get(case.name)
         if run is None or case.threads > 1 or case.pattern != "blobs":
             continue
-        label = f"{case.model.partition(':')[2]}, {case.input[4:]}"
+        label = f"{case.model.partition(':')[2]}, {case.input.removeprefix('1x3x')}"
         lines[label] = [
             (variant["fraction"], variant["speed_up"])
             for variant in run["variants"]

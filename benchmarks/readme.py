@@ -122,7 +122,7 @@ def latency_table(results: dict[str, Any], short: bool = False) -> str:
         for density in densities:
             v = by_name[f"deployed blobs {density}"]
             cells.append(f"{_milliseconds(v)} ({v['speed_up']:.2f}x, {v['fraction']:.2f})")
-        size = "x".join(map(str, run["input"][2:]))
+        size = _size(run["input"])
         name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}"
         lines.append(f"| {name} | {_milliseconds(best)} {best['name']} | {' | '.join(cells)} |")
     packages = ", ".join(
@@ -137,6 +137,11 @@ def latency_table(results: dict[str, Any], short: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _size(shape: list[int]) -> str:
+    """Height and width of an image; of several, all of the shape."""
+    return "x".join(map(str, shape[2:] if shape[0] == 1 else shape))
+
+
 def efficiency_table(results: dict[str, Any]) -> str:
     """Per network: speed-up times compute fraction at each density, and with its own open gates."""
     densities = ("1", "0.7", "0.5", "0.3", "0.1")
@@ -148,7 +153,7 @@ def efficiency_table(results: dict[str, Any]) -> str:
         by_name = {v["name"]: v for v in run["variants"]}
         names = [f"deployed {run['pattern']} {density}" for density in densities]
         cells = [f"{by_name[name]['efficiency']:.2f}" for name in (*names, "deployed gates")]
-        size = "x".join(map(str, run["input"][2:]))
+        size = _size(run["input"])
         name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}, {run['pattern']}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -407,7 +412,7 @@ def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
         masks = sum(kinds.get(name, 0) for name in ("list", "halo", "combine", "gate"))
         rest = sum(kinds.values()) - masks - kinds["convolution"]
         least = [1e3 * run[key] for key in ("least", "least_by_compute", "least_by_memory")]
-        size = "x".join(map(str, run["input"][2:]))
+        size = _size(run["input"])
         variants = _variants(timed, run["model"], run["input"])
         dense = min(v["milliseconds"] for v in variants.values() if v["dense"])
         own = variants[f"deployed blobs {run['density']:g}"]
@@ -420,8 +425,9 @@ def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
     lines += [
         "",
         f"The best convolution does {limits['macs_per_second'] / 1e9:.0f} GMAC/s, memory is read "
-        f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s (`python benchmarks/roofline.py`). The "
-        "last column is the efficiency if all convolutions took their least and the other columns "
+        f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s, by two threads together at "
+        f"{limits['bytes_per_second_of_two'] / 1e9:.0f} (`python benchmarks/roofline.py`). The last "
+        "column is the efficiency if all convolutions took their least and the other columns "
         "stayed as they are.",
     ]
     return "\n".join(lines)

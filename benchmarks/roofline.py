@@ -41,15 +41,17 @@ PASSES = 9
 SLOWEST = 8
 
 
-def reading() -> float:
-    """Gigabytes per second that one core reads in order from memory."""
+def reading(threads: int) -> float:
+    """Bytes per second that so many threads together read in order from memory."""
+    torch.set_num_threads(threads)
     x = torch.ones(1 << 26)
     times = []
     for _ in range(5):
         begin = time.perf_counter()
         x.sum()
         times.append(time.perf_counter() - begin)
-    return 4 * x.numel() / min(times) / 1e9
+    torch.set_num_threads(1)
+    return 4 * x.numel() / min(times)
 
 
 def facts(call: ConvolutionArguments) -> dict[str, Any]:
@@ -126,7 +128,11 @@ def main() -> None:
     rates = [
         layer["macs"] / layer["seconds"] for run in runs for layer in run["layers"] if layer["macs"]
     ]
-    limits = {"macs_per_second": max(rates), "bytes_per_second": 1e9 * reading()}
+    limits = {
+        "macs_per_second": max(rates),
+        "bytes_per_second": reading(1),
+        "bytes_per_second_of_two": reading(2),
+    }
     for run in runs:
         least = [
             (layer["macs"] / limits["macs_per_second"], layer["bytes"] / limits["bytes_per_second"])
