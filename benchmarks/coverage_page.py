@@ -41,9 +41,10 @@ DEPLOYMENT = """## Deployed
 
 The deployed network against the gated one under the same masks: all open, half of it in patches,
 a tenth of it at random; twice, for the second pass replays the first one. Outputs may be off by
-1e-4 of the largest, or by three times what rounding makes of the gated network in float32, seen
-from float64: some fresh networks magnify it. What the kernels do not know runs as torch runs it,
-densely: the share of the multiply-accumulates, where it is 1% or more."""
+1e-4 of the largest from the gated network's or from exact ones (float64), or three times as far
+from those as the gated network is in float32: some fresh networks magnify rounding. What the
+kernels do not know runs as torch runs it, densely: the share of the multiply-accumulates, where
+it is 1% or more."""
 LEAST_BY_TORCH = 0.01
 
 

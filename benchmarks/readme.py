@@ -426,8 +426,8 @@ def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
         "",
         f"The best convolution does {limits['macs_per_second'] / 1e9:.0f} GMAC/s, memory is read "
         f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s, by two threads together at "
-        f"{limits['bytes_per_second_of_two'] / 1e9:.0f} (`python benchmarks/roofline.py`). The last "
-        "column is the efficiency if all convolutions took their least and the other columns "
+        f"{limits['bytes_per_second_of_two'] / 1e9:.0f} (`python benchmarks/roofline.py`). The "
+        "last column is the efficiency if all convolutions took their least and the other columns "
         "stayed as they are.",
     ]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +348,6 @@ def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: 
     Args:
         lines: Network -> (compute fraction, speed-up over the best dense runtime) of each mask.
         title: Above the chart; default none.
-        axis: What the fractions are of; default compute.
 
     Raises:
         PagError: There is no point.
@@ -370,13 +369,12 @@ def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: 
         label="time proportional to compute",
     )  # fmt: skip
     axes.axhline(1.0, color=_FAINT, linewidth=0.8)
-    for (name, line), colour, marker in zip(
-        lines.items(), cycle(_SERIES), cycle(_MARKERS), strict=False
-    ):
+    styles = product(("-", ":"), zip(_SERIES, _MARKERS, strict=True))  # repeated only then
+    for (name, line), (dashes, (colour, marker)) in zip(lines.items(), cycle(styles), strict=False):
         xs, ys = zip(*sorted(line), strict=True)
         axes.plot(
             [100 * x for x in xs], ys, color=colour, marker=marker, markersize=5, linewidth=1.6,
-            label=name,
+            linestyle=dashes, label=name,
         )  # fmt: skip
     axes.set_xlim(0, 105)
     axes.set_ylim(0, highest)
