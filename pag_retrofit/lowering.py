@@ -635,15 +635,17 @@ class _Lowering:
 
     def _visit_cat(self, node: Node, dry: bool = False) -> bool:
         axis = node.args[1] if len(node.args) > 1 else 0
-        shapes = [shape_of(x) for x in node.args[0]]
-        if len(shapes[0]) != 4 or axis not in (1, -3) or len(shapes) > kernels.MAX_SOURCES:
+        if len(shape_of(node)) != 4 or axis not in (1, -3):
+            return False
+        maps = [x for x in node.args[0] if shape_of(x)[1]]  # SMP has encoders that give no channels
+        if not 1 <= len(maps) <= kernels.MAX_SOURCES:
             return False
         if not self._read_by_kernels(node):
             return False
         if dry:
             return True
         sources: list[Source] = []
-        for x in map(self.real, node.args[0]):
+        for x in map(self.real, maps):
             virtual = self.state.virtual.get(x)
             if isinstance(virtual, _Parts) and virtual.sources:
                 sources += virtual.sources

@@ -168,6 +168,26 @@ def test_convolutions_of_upsampled_maps(
         assert [layer.winograd for layer in layers].count(True) == (enough and pixels >= 128)
 
 
+class Unskipped(nn.Module):
+    """A convolution beside a skip connection without channels, as in SMP's U-Net on ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.block = nn.Conv2d(3, 8, 1, stride=2), conv(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        upsampled = F.interpolate(self.small(x), scale_factor=2.0, mode="nearest")
+        result: Tensor = self.block(torch.cat([upsampled, x[:, :0]], 1)).relu()
+        return result
+
+
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_maps_without_channels_are_left_out(density: float) -> None:
+    gated = gate_all(randomize(Unskipped()).eval(), include=("block",))
+    for backend in ("auto", "reference"):
+        agree(gated, pag.deploy(gated, backend), torch.randn(SHAPE), density)
+
+
 @torch.no_grad()
 def test_gates_that_were_trained_decide_as_they_do_in_the_gated_network() -> None:
     gated = gate_all(randomize(CustomNet()))
