@@ -252,13 +252,30 @@ def tradeoff_table(results: dict[str, Any]) -> str:
 
 
 def half_table(results: dict[str, Any]) -> str:
-    """What half of the compute is best spent on: one row per way."""
-    run, budgets = results["camvid_long"], (None, 0.5)
+    """What half of the compute is best spent on: one row per way, for each of two networks."""
+    long, wide = results["camvid_long"], results["camvid_fpn"]
     fewer = results["camvid_mobilenetv2"]["epochs"][1]
     lines = [
-        f"The same network with {run['epochs'][1]} epochs instead of {fewer}, at half of the "
+        f"The same network with {long['epochs'][1]} epochs instead of {fewer}, at half of the "
         "compute:",
         "",
+        *_half_lines(long),
+        "",
+        f"A feature pyramid (FPN) on the same encoder, whose layers are wider, {wide['epochs'][1]} "
+        "epochs:",
+        "",
+        *_half_lines(wide),
+        "",
+        "Means over seeds where there are several; one thread. [All budgets, other tasks and what "
+        "does not hold](docs/tradeoff.md).",
+    ]
+    return "\n".join(lines)
+
+
+def _half_lines(run: dict[str, Any]) -> list[str]:
+    """The networks of a recipe that have no budget, or half of the compute."""
+    budgets = (None, 0.5)
+    lines = [
         "| network | measured compute | mIoU | deployed (ms) | fastest other runtime (ms) |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -277,12 +294,7 @@ def half_table(results: dict[str, Any]) -> str:
             ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Means over seeds where there are several; one thread. [All budgets, other tasks and what "
-        "does not hold](docs/tradeoff.md).",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def _recipe_line(name: str, shown: str, run: dict[str, Any]) -> str:
