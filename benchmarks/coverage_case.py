@@ -133,7 +133,10 @@ def _prepared(case: Case, examine: Callable[[Case, nn.Module, int], dict[str, An
         size = accepted_size(original)
     except NotOfferedError as error:
         return {"status": "not offered", "error": str(error)}
-    enliven(original, size)
+    try:
+        enliven(original, size)
+    except Exception as error:
+        return {"size": size, "status": "failed", "error": _message(error)}
     return {"size": size, **examine(case, original, size)}
 
 

@@ -49,7 +49,8 @@ def inline_regions(graph: fx.Graph, module: nn.Module) -> None:
             item.replace_all_uses_with(results[item.args[1]])
             graph.erase_node(item)
         graph.erase_node(node)
-        graph.erase_node(holder)
+        if not holder.users:
+            graph.erase_node(holder)
 
 
 def _holds_region(x: Any, module: nn.Module) -> bool:
