@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
-from pag_retrofit.demand import EVERYWHERE, Demand, Masked
+from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, either
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
     Allocate,
@@ -820,6 +820,15 @@ def test_masks_that_are_decided_later_limit_nothing(known: bool) -> None:
     steps: list[Step] = [decide, fill, reader] if known else [fill, decide, reader]
     found = demands_of(steps, [])[steps.index(fill)]
     assert found == (Masked("mask") if known else EVERYWHERE)
+
+
+def test_a_set_of_pixels_and_all_others_are_everywhere() -> None:
+    read, other = Masked("read"), Masked("mask")
+    for part in (Masked("mask"), Grid("mask")):
+        rest = replace(part, wanted=False)
+        assert either(either(part, read), rest) == EVERYWHERE
+        assert either(read, rest) != EVERYWHERE
+    assert either(other, Grid("mask", wanted=False)) != EVERYWHERE
 
 
 class Exact(nn.Module):
