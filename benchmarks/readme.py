@@ -408,6 +408,11 @@ def memory_table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {model.partition(':')[2]}, {size} | {peaks[0]:.0f} | {' | '.join(cells)} |"
         )
+    held = max(run["before"] for run in results["runs"])
+    lines += [
+        "",
+        f"What libraries hold, and is not counted, is up to {held:.0f} MB in each process.",
+    ]
     return "\n".join(lines)
 
 

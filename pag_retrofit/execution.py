@@ -370,12 +370,20 @@ class Interpolate(Step):
         mask: Name of the mask of the pixels that were computed, besides those of the grid.
         activation: One of `kernels.ACTIVATIONS`.
         slope: Of a leaky ReLU.
+        spared: Name of a mask whose open pixels are activated later, by a convolution that adds to
+            them, and all others here; "" if there is none.
     """
 
     layout: str
     mask: str
     activation: str
     slope: float
+    spared: str = ""
+
+    def reads(self) -> Iterator[str]:
+        """The mask that is looked at besides its own."""
+        if self.spared:
+            yield self.spared
 
     @property
     def where(self) -> Demand:
@@ -395,16 +403,17 @@ class Interpolate(Step):
         """Interpolate and activate in place."""
         rows = as_rows(values[self.writes], self.layout)
         demanded = either(demanded, Grid(self.mask))  # no more work, and a simpler set
-        between = demands.listed(both(demanded, self.where))
-        kernels.interpolate(rows, between, activation=self.activation, slope=self.slope)
+        between, computed = both(demanded, self.where), both(demanded, self.computed)
+        activated = demands.listed(self.computed)
+        if self.spared:
+            kernels.interpolate(rows, demands.listed(both(between, Masked(self.spared))))
+            others = Masked(self.spared, wanted=False)
+            between, computed, activated = both(between, others), both(computed, others), None
+        listed = demands.listed(between)
+        kernels.interpolate(rows, listed, activation=self.activation, slope=self.slope)
         if self.activation != "none":
-            kernels.activate(
-                rows,
-                self.activation,
-                self.slope,
-                demands.listed(both(demanded, self.computed)),
-                computed=demands.listed(self.computed),
-            )
+            listed = demands.listed(computed)
+            kernels.activate(rows, self.activation, self.slope, listed, computed=activated)
 
 
 def on_grid_or_open(mask: str) -> Demand:
@@ -452,6 +461,23 @@ class MaxPool(Step):
         """Take the maxima."""
         rows = as_rows(values[self.source], "BCHW")
         kernels.max_pool(as_rows(values[self.writes], "BCHW"), rows, self.window)
+
+
+@dataclass(kw_only=True)
+class PoolAtOnce(Step):
+    """Let the convolutions that follow be pooled as they are computed.
+
+    Args:
+        convolutions: The steps that follow, up to the `MaxPool` of the map that they write.
+    """
+
+    convolutions: tuple[Convolve, ...]
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Make the lists of all, so that nothing is to be done between them."""
+        for step in self.convolutions:
+            demands.listed(both(demanded, step.where))
+        kernels.pool_at_once(len(self.convolutions))
 
 
 @dataclass(kw_only=True)
@@ -585,6 +611,44 @@ class Average(Step):
 
 
 @dataclass(kw_only=True)
+class Weigh(Step):
+    """What the weights of several gates, not scaled, make of the pixels of one map.
+
+    Args:
+        gates: Theirs are the last channels of the map written.
+        source: What they read.
+        where: Which pixels.
+    """
+
+    gates: tuple[PixelGate, ...]
+    source: Source
+    where: Demand
+
+    def reads(self) -> Iterator[str]:
+        """Its source."""
+        yield self.source.value
+
+    def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
+        """Pixel by pixel."""
+        yield self.source.value, self.where
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Weigh."""
+        weight = self._weight()
+        layer = kernels.PerforatedConvolution(weight, None, window=POINTWISE)
+        tape = kernels.recording()
+        if tape is not None:
+            watched = [x for gate in self.gates for x in gate.watched()]
+            tape.first(lambda: layer.replace_weight(self._weight()), *watched)
+        scores = as_rows(values[self.writes], "BCHW")[..., -len(self.gates) :]
+        source = as_rows(values[self.source.value], self.source.layout)
+        layer.forward(scores, source, demands.listed(self.where))
+
+    def _weight(self) -> Tensor:
+        return torch.cat([gate.weight.detach() for gate in self.gates])
+
+
+@dataclass(kw_only=True)
 class Decide(Step):
     """A gate's decision, or made-up masks in place of it.
 
@@ -595,6 +659,8 @@ class Decide(Step):
         offset: First pixel decided.
         before: What will fill and activate the map that is read, if all pixels read are on its grid
             and this need not wait for that; else None.
+        weighed: Channel of the one source that holds what the gate's weights, not scaled, make of
+            each pixel; default None: the source is the gate's input.
     """
 
     gate: PixelGate
@@ -602,6 +668,7 @@ class Decide(Step):
     shape: tuple[int, int, int, int]
     offset: tuple[int, int]
     before: Interpolate | None = None
+    weighed: int | None = None
     _made_up: dict[MaskOverride, Tensor] = field(default_factory=dict, repr=False)
 
     def reads(self) -> Iterator[str]:
@@ -679,7 +746,8 @@ class Decide(Step):
         """Weight (C,) and bias (1,) of the logit, and how many pixels to open, if that is given."""
         gate = self.gate
         keep = -1 if gate.rate is None else round(gate.rate * self.shape[2] * self.shape[3])
-        return gate.weight.flatten() * gate.scale, gate.bias + gate.shift, torch.tensor([keep])
+        weight = gate.weight.flatten() if self.weighed is None else torch.ones(1)
+        return weight * gate.scale, gate.bias + gate.shift, torch.tensor([keep])
 
     def _own(
         self,
@@ -691,6 +759,8 @@ class Decide(Step):
     ) -> Tensor:
         name = self.sources[0].scale
         maps = [as_rows(values[source.value], source.layout) for source in self.sources]
+        if self.weighed is not None:
+            maps = [maps[0][..., self.weighed : self.weighed + 1]]
         return kernels.gate_mask(
             maps,
             weight,
@@ -1009,6 +1079,7 @@ class _Recording:
 
 _BY_KERNELS = (
     Allocate, Convolve, Interpolate, Activate, MaxPool, Resize, Normalize, NormalizeGroups, Average,
+    Weigh, PoolAtOnce,
 )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.ordering import put_off
 from pag_retrofit.policies import InputFreeGate, LayerGate
+from pag_retrofit.sharing import activate_early, pool_at_once, weigh_together
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity",
                           "dropout", "feature_dropout"})  # fmt: skip
@@ -250,8 +251,10 @@ class _Lowering:
         constants = {n.name: v for n, v in self.state.constants.items() if isinstance(v, Tensor)}
         used = {name for step in self.state.steps for name in step.reads()}
         used |= {output.name for output in outputs if isinstance(output, Value)}
+        steps = put_off(activate_early(self.state.steps, outputs), outputs)
+        steps = pool_at_once(weigh_together(steps), outputs)
         return Program(
-            put_off(self.state.steps, outputs),
+            steps,
             self.inputs,
             outputs,
             {name: value for name, value in constants.items() if name in used},

@@ -25,20 +25,24 @@ from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
+from pag_retrofit import sharing
 from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, either
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
+    Activate,
     Allocate,
     Call,
     Convolve,
     Decide,
     Interpolate,
     Memory,
+    PoolAtOnce,
     Range,
     Resize,
     ResultMemory,
     Source,
     Step,
+    Weigh,
     demands_of,
 )
 from pag_retrofit.gates import named_gates
@@ -694,6 +698,116 @@ def test_operators_write_where_later_passes_look() -> None:
     for _ in range(3):
         x = torch.randn(SHAPE)
         close(deployed(x), model(x))
+
+
+class Stage(nn.Module):
+    """Blocks that add to one map, the first of them to a shortcut that is computed.
+
+    The map may be read elsewhere, too, before the last block.
+    """
+
+    def __init__(self, blocks: int, activation: type[nn.Module], also_read: bool) -> None:
+        super().__init__()
+        self.shortcut = nn.Conv2d(3, 8, 1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(conv(8 if i else 3, 6, 1), nn.ReLU(), conv(6, 8, 3))
+            for i in range(blocks)
+        )
+        self.activation, self.also_read = activation(), also_read
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.branches
+        x = self.activation(self.shortcut(x) + first(x))
+        for branch in others:
+            seen = x
+            x = self.activation(x + branch(x))
+        return x * seen.mean((2, 3), keepdim=True) if self.also_read else x
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 7])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("also_read", [False, True])
+@torch.no_grad()
+def test_gates_of_a_stage_weigh_its_map_once(
+    blocks: int, activation: type[nn.Module], also_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_LEAST", 0)
+    torch.manual_seed(0)
+    gated = gate_all(randomize(Stage(blocks, activation, also_read)), (2, 3, 21, 16))
+    gates = dict(named_gates(gated))
+    assert len(gates) == blocks + 1
+    for gate in gates.values():
+        gate.weight.normal_()
+        gate.bias.normal_()
+    images = [torch.randn(2, 3, 21, 16) for _ in range(3)]
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for density in (1.0, 0.5, 0.0):
+            agree(gated, deployed, images[0], density, "random")
+        for x in images:
+            close(deployed(x), gated(x))
+        for name, gate in named_gates(deployed):
+            gate.weight.normal_()
+            gates[name].weight.copy_(gate.weight)
+            gate.offset.fill_(0.1)
+            gates[name].offset.fill_(0.1)
+        for x in images:
+            close(deployed(x), gated(x))
+        weighing = [len(s.gates) for s in steps_of(deployed) if isinstance(s, Weigh)]
+        # Two gates read the input. Outside of its open pixels, SiLU changes a map again.
+        together = activation is nn.ReLU and blocks > 2
+        assert weighing == [2, *(range(blocks - 1, 0, -1) if together else ())]
+
+
+@torch.no_grad()
+def test_gates_that_fix_their_share_weigh_a_map_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_LEAST", 0)
+    gated = gate_all(randomize(Stage(3, nn.ReLU, False)))
+    for gate in pag.gate_parameters(gated):
+        gate.normal_()
+    x = torch.randn(SHAPE)
+    pag.calibrate(gated, [x], (0.7,))
+    deployed = pag.deploy(gated)
+    pag.set_budget(gated, 0.7, mode="per_image")
+    pag.set_budget(deployed, 0.7, mode="per_image")
+    close(deployed(x), gated(x))
+    assert any(isinstance(step, Weigh) for step in steps_of(deployed))
+
+
+@pytest.mark.parametrize("also_read", [False, True])
+@torch.no_grad()
+def test_a_shortcut_is_activated_as_it_is_interpolated(also_read: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shortcut, self.branch = nn.Conv2d(3, 8, 1), conv(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.shortcut(x)
+            result: Tensor = (y + self.branch(x)).relu()
+            return result + y.mean() if also_read else result
+
+    gated = gate_all(randomize(Block()))
+    deployed = pag.deploy(gated)
+    for density in (1.0, 0.5, 0.1, 0.0):
+        agree(gated, deployed, torch.randn(SHAPE), density, "random")
+    by_itself = [step for step in steps_of(deployed) if isinstance(step, Activate)]
+    assert len(by_itself) == also_read
+
+
+@torch.no_grad()
+def test_a_map_that_is_only_pooled_is_pooled_at_once() -> None:
+    for model, expected in (
+        (timm.create_model("resnet18", layers=ONE_EACH), 1),
+        (smp.Unet("resnet18", encoder_weights=None), 0),  # its decoder reads the map, too
+    ):
+        gated = gate_all(randomize(model))
+        deployed, x = pag.deploy(gated), torch.randn(SHAPE)
+        for density in (1.0, 0.5, 0.1, 0.0):
+            agree(gated, deployed, x, density)
+            agree(gated, deployed, x, density)
+        marks = [step for step in steps_of(deployed) if isinstance(step, PoolAtOnce)]
+        assert len(marks) == expected
 
 
 class Inverted(nn.Module):

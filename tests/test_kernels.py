@@ -1156,6 +1156,104 @@ def test_winograd_is_for_3x3_windows_at_every_pixel() -> None:
         operators.check_convolution(a._replace(winograd=False))
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Two convolutions that share the pixels of a map, and a max pool of it."""
+
+    size: tuple[int, int] = (23, 300)
+    window: Window = Window((3, 3), (2, 2), (1, 1), (1, 1))  # of the pool
+    channels: int = 96
+    kernels: tuple[int, int] = (3, 1)
+    pattern: str = "random"
+
+    def record(self) -> tuple[kernels.Tape, Tensor, Tensor]:
+        """A first pass; the map between and the result."""
+        (height, width), (kernel, stride, dilation, padding, *_) = self.size, self.window
+        x, between = torch.randn(2, height, width, 3), torch.zeros(2, height, width, self.channels)
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        size = [
+            (n + 2 * p - r) // s + 1
+            for n, p, r, s in zip(self.size, padding, reach, stride, strict=True)
+        ]
+        out = torch.zeros(2, *size, self.channels)
+        mask = mask_of(self.pattern, (2, height, width), 0)
+        layers = [
+            kernels.PerforatedConvolution(
+                torch.randn(self.channels, 3, k, k),
+                torch.randn(self.channels),
+                window=Window((k, k), (1, 1), (1, 1), (k // 2, k // 2)),
+                activation="relu",
+            )
+            for k in self.kernels
+        ]
+        lists = [kernels.PixelList(*native.list_pixels(mask, wanted)) for wanted in (True, False)]
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.pool_at_once(len(layers))
+            for layer, listed in zip(layers, lists, strict=True):
+                layer(between, x, listed)
+            kernels.max_pool(out, between, self.window)
+        assert torch.equal(between.sum(3) > 0, torch.ones(2, height, width) > 0)
+        return tape, between, out
+
+
+@needs_library
+class TestPoolAtOnce:
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize("pattern", MASKS)
+    @pytest.mark.parametrize(
+        "window",
+        [
+            Window((3, 3), (2, 2), (1, 1), (1, 1)),
+            Window((2, 2), (2, 2), (1, 1), (0, 0)),
+            Window((2, 3), (3, 1), (1, 2), (0, 1)),
+            Window((3, 3), (1, 1), (2, 1), (1, 0)),
+        ],
+    )
+    def test_what_is_pooled_need_not_be_written(
+        self, threads: int, pattern: str, window: Window
+    ) -> None:
+        torch.set_num_threads(threads)
+        tape, between, out = Pooled(pattern=pattern, window=window).record()
+        expected = out.clone()
+        for _ in range(2):
+            between.fill_(math.nan)
+            out.fill_(math.nan)
+            kernels.replay(tape)
+            assert torch.equal(out, expected)
+            assert between.isnan().all()
+
+    @pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 700), (61, 3)])
+    def test_any_size(self, size: tuple[int, int]) -> None:
+        tape, _, out = Pooled(size=size).record()
+        expected = out.clone()
+        kernels.replay(tape)
+        assert torch.equal(out, expected)
+
+    def test_lists_are_those_of_the_pass(self) -> None:
+        tape, between, out = Pooled().record()
+        expected = out.clone()
+        between.fill_(math.nan)
+        for _, kept in tape.calls():
+            if kept and isinstance(kept[0], ConvolutionArguments):
+                pixels, length = kept[0].pixels, kept[0].length
+                assert pixels is not None and length is not None
+                listed = pixels[: int(length)].clone()
+                pixels[: len(listed)] = listed.flip(0)
+        kernels.replay(tape)  # no longer row by row
+        assert torch.equal(out, expected) and not between.isnan().any()
+        pixels[0] = -1
+        with pytest.raises(MemoryError):  # the only fault that is left in a replay
+            kernels.replay(tape)
+
+    def test_large_weights_are_not_read_for_every_few_rows(self) -> None:
+        tape, between, out = Pooled((9, 9), channels=2048, kernels=(5, 1)).record()
+        expected = out.clone()
+        between.fill_(math.nan)
+        kernels.replay(tape)
+        assert torch.equal(out, expected) and not between.isnan().any()
+
+
 class Block(nn.Module):
     """A residual block at the pixels that a gate opens: the way a deployed network uses kernels."""
 

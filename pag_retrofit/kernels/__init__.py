@@ -21,6 +21,7 @@ from pag_retrofit.kernels.perforated import (
     masked_mean,
     max_pool,
     needed_inputs,
+    pool_at_once,
     prefers_winograd,
     resize,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "masked_mean",
     "max_pool",
     "needed_inputs",
+    "pool_at_once",
     "prefers_winograd",
     "record_on",
     "recording",

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
+from pag_retrofit.kernels import native
 from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
 from pag_retrofit.kernels.operators import backend, convolve, visible
 from pag_retrofit.kernels.packing import pack_weight, transformed
+from pag_retrofit.kernels.tape import recording
 
 _OPS = torch.ops.pag_retrofit
 _PIXELS_FOR_WINOGRAD = 128
@@ -149,6 +151,11 @@ class PerforatedConvolution(nn.Module):
             checked=checked,
         )  # fmt: skip
         return out
+
+    def replace_weight(self, weight: Tensor) -> None:
+        """Take another weight of the same shape, in the memory of the one before."""
+        packed = transformed(weight) if self.winograd else weight
+        self.weights.copy_(pack_weight(packed, self.groups))
 
     def new_output(self, source: Tensor, size: tuple[int, int]) -> Tensor:
         """An uninitialised map (B, h, w, out) for the batch of a source."""
@@ -397,6 +404,17 @@ def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
         window: Padding at the bottom and right is whatever the output's size asks for.
     """
     visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
+
+
+def pool_at_once(convolutions: int) -> None:
+    """Later passes may pool what the next convolutions write while it is in the cache.
+
+    Args:
+        convolutions: How many; then a `max_pool` has to follow, and nothing else may read the map
+            that it reads.
+    """
+    if recording() is not None:
+        native.pool_at_once(convolutions)
 
 
 def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:

@@ -635,40 +635,51 @@ PAG_INLINE void dot(int columns, int pixels, const Input& input, const float* we
   }
 }
 
-PAG_INLINE bool is_plain_dot(const pag_plan& plan) {
-  const pag_convolution& call = *plan.call;
-  return plan.dot && plan.pointwise && plan.plain && !plan.gathered && call.source_count == 1 &&
-         !call.residual && !call.scale;
-}
-
-// One tap at positions [begin, end) of the list, LANES at a time: each weight is loaded once for all.
+// One tap at positions [begin, end) of the list: of LANES results at a time, COLUMNS of each pixel.
+template <int COLUMNS>
 PAG_OUTLINE void dot_pointwise(const pag_plan& plan, const float* weights, int64_t begin,
                                int64_t end) {
+  constexpr int PIXELS = LANES / COLUMNS;
   const pag_convolution& call = *plan.call;
-  const int channels = call.channels, columns = call.out_channels;
-  for (; begin < end; begin += LANES) {
-    const int count = end - begin < LANES ? (int)(end - begin) : LANES;
-    const float* rows[LANES];
-    float* out[LANES];
-    for (int i = 0; i < LANES; i++) {  // of fewer the last one again
+  const int channels = call.channels;
+  for (; begin < end; begin += PIXELS) {
+    const int count = end - begin < PIXELS ? (int)(end - begin) : PIXELS;
+    const float* rows[PIXELS];
+    float* out[PIXELS];
+    for (int i = 0; i < PIXELS; i++) {  // of fewer the last one again
       const int64_t index = index_at(call.list, begin + (i < count ? i : count - 1));
       rows[i] = call.sources[0].data + index * call.sources[0].stride;
       out[i] = call.out + index * call.out_stride;
     }
-    for (int j = 0; j < columns; j++) {
-      const float* column = weights + (int64_t)j * channels;
-      Vector sums[LANES] = {};
+    for (int first = 0; first < call.out_channels; first += COLUMNS) {
+      const int left = call.out_channels - first, columns = left < COLUMNS ? left : COLUMNS;
+      const float* at[COLUMNS];
+      Vector bias = {}, sums[LANES] = {};
+      for (int j = 0; j < COLUMNS; j++) {  // likewise
+        const int column = first + (j < columns ? j : columns - 1);
+        at[j] = weights + (int64_t)column * channels;
+        if (call.bias && COLUMNS == 1) bias = broadcast(call.bias[column]);
+        if (call.bias && COLUMNS > 1)
+          for (int i = 0; i < PIXELS; i++) bias[i * COLUMNS + j] = call.bias[column];
+      }
       for (int c = 0; c < channels; c += LANES) {
         const int valid = channels - c;
-        const Vector w = load_up_to(column + c, valid);
+        Vector w[COLUMNS];
         PAG_UNROLL
-        for (int i = 0; i < LANES; i++) sums[i] += load_up_to(rows[i] + c, valid) * w;
+        for (int j = 0; j < COLUMNS; j++) w[j] = load_up_to(at[j] + c, valid);
+        PAG_UNROLL
+        for (int i = 0; i < PIXELS; i++) {
+          const Vector x = load_up_to(rows[i] + c, valid);
+          PAG_UNROLL
+          for (int j = 0; j < COLUMNS; j++) sums[i * COLUMNS + j] += x * w[j];
+        }
       }
-      const Vector total = sum_each(sums) + (call.bias ? call.bias[j] : 0.f);
+      const Vector total = sum_each(sums) + bias;
       float results[LANES];
       with_activation(call.activation, call.slope,
                       [&](auto activate) PAG_LAMBDA { store(results, activate(total)); });
-      for (int i = 0; i < count; i++) out[i][j] = results[i];
+      for (int i = 0; i < count; i++)
+        for (int j = 0; j < columns; j++) out[i][first + j] = results[i * COLUMNS + j];
     }
   }
 }
@@ -951,9 +962,15 @@ PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, 
     return;
   }
   Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end);
-  if (is_plain_dot(plan))
-    return dot_pointwise(plan, scratch.columns, tile_start(plan, tile_begin),
-                         tile_start(plan, tile_end));
+  if (plan.dot && plan.plain_dot) {
+    constexpr int MANY_CHANNELS = 128;
+    const int64_t begin = tile_start(plan, tile_begin), end = tile_start(plan, tile_end);
+    if (plan.call->channels < MANY_CHANNELS || plan.call->out_channels == 1)
+      return dot_pointwise<1>(plan, scratch.columns, begin, end);
+    if (plan.call->out_channels == 2)
+      return dot_pointwise<2>(plan, scratch.columns, begin, end);
+    return dot_pointwise<4>(plan, scratch.columns, begin, end);
+  }
   if (plan.thin) {
     const int64_t end = tile_start(plan, tile_end);
     for (int64_t at = tile_start(plan, tile_begin); at < end; at += TILE)

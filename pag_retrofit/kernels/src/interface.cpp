@@ -111,6 +111,7 @@ struct Scratch {
 
 thread_local Scratch thread_scratch;
 thread_local Scratch thread_tiles;  // of the thread that calls; all that help read it
+thread_local Scratch thread_band;
 
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
@@ -167,7 +168,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   constexpr int THIN_CHANNELS = 64;
   // Dot products: with these many input channels, and pixels to unpack the weights for.
-  constexpr int FEW_OUT_CHANNELS = 4, LEAST_CHANNELS = 16, LEAST_PIXELS = 64;
+  constexpr int FEW_OUT_CHANNELS = 4, MOST_DOTS = 12, LEAST_CHANNELS = 16, LEAST_PIXELS = 64;
   pag_plan plan = {};
   plan.call = &call;
   plan.taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
@@ -203,7 +204,13 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
   if (plan.gathered)
     plan.panel_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
-  plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= FEW_OUT_CHANNELS &&
+  plan.plain_dot = plan.pointwise && plan.plain && !plan.gathered && call.source_count == 1 &&
+                   !call.residual && !call.scale;
+  // Per pixel, dot products take the channels times the output channels, and sums of vectors; blocks
+  // of output channels take the channels times the width of a block.
+  const int few = plan.plain_dot ? std::clamp<int>(call.channels / 16, FEW_OUT_CHANNELS, MOST_DOTS)
+                                 : FEW_OUT_CHANNELS;
+  plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= few &&
              call.channels >= LEAST_CHANNELS && pixels >= LEAST_PIXELS;
   plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
               !plan.gathered && !plan.dot && call.channels <= THIN_CHANNELS &&
@@ -572,6 +579,110 @@ int pool(const pag_pool* call, int threads) {
   return PAG_OK;
 }
 
+// --- convolutions that are pooled at once ----------------------------------------------------
+
+// Some rows of a map that is pooled as it is computed: what lies in the cache of a core is neither
+// written to memory nor read from there.
+struct Band {
+  float* memory;
+  int64_t line, rows;         // floats of a row; how many fit
+  int64_t begin = 0, end = 0;  // rows that are there, counted through all images
+
+  // Where the map would begin.
+  float* map() const { return memory - begin * line; }
+
+  // Make room for rows up to a last one, and let go of those before a first one.
+  void move(int64_t first, int64_t last) {
+    if (first >= end) {
+      begin = end = first;
+    } else if (last - begin > rows) {
+      memmove(memory, memory + (first - begin) * line, (end - first) * line * sizeof(float));
+      begin = first;
+    }
+  }
+};
+
+// A convolution at those of its listed pixels that lie in rows [begin, end).
+int convolve_rows(const pag_convolution& call, int64_t count, int64_t begin, int64_t end,
+                  float* out) {
+  pag_convolution part = call;
+  const int32_t *first = call.list.pixels, *last = first + count;
+  const int32_t* from = std::lower_bound(first, last, begin * call.out_width);
+  part.list = {from, nullptr, std::lower_bound(from, last, end * call.out_width) - from};
+  part.out = out;
+  return part.list.capacity ? convolve(&part, 1) : PAG_OK;
+}
+
+// Rows of a pool's output, all images, in bands.
+int pool_rows(const pag_convolution* const* convolutions, const int64_t* counts, int64_t number,
+              const pag_pool& pool, int64_t begin, int64_t end) {
+  const int64_t line = (int64_t)pool.width * pool.in_stride;
+  const int64_t reach = (pool.kernel[0] - 1) * pool.dilation[0] + 1;
+  const int64_t fitting = weights_budget() / (int64_t)sizeof(float) / line;
+  Band band = {nullptr, line, std::max(fitting, reach + pool.stride[0])};
+  band.memory = reinterpret_cast<float*>(
+      thread_band.at_least(whole_lines(band.rows * line * sizeof(float))));
+  if (!band.memory) return PAG_NO_MEMORY;
+  while (begin < end) {
+    const int64_t image = begin / pool.out_height, top = image * pool.height;
+    const int64_t start = begin % pool.out_height * pool.stride[0] - pool.padding[0];
+    const int64_t more = std::max<int64_t>((band.rows - reach) / pool.stride[0], 0);
+    const int64_t until = std::min({begin + more + 1, end, (image + 1) * pool.out_height});
+    const int64_t bottom = start + (until - begin - 1) * pool.stride[0] + reach;
+    const int64_t first = top + std::clamp<int64_t>(start, 0, pool.height);
+    const int64_t last = top + std::clamp<int64_t>(bottom, 0, pool.height);
+    band.move(first, last);
+    for (int64_t i = 0; i < number; i++)
+      if (const int status =
+              convolve_rows(*convolutions[i], counts[i], band.end, last, band.map()))
+        return status;
+    band.end = std::max(band.end, last);
+    pag_pool part = pool;
+    part.in = band.map();
+    kernels().pool(&part, begin, until);
+    begin = until;
+  }
+  return PAG_OK;
+}
+
+// Whether a convolution writes what is pooled, and can be done row by row: weights are read anew for
+// each few rows.
+bool can_band(const pag_convolution& call, int64_t count, const pag_pool& pool) {
+  const int64_t taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
+  const int64_t weights = taps * call.out_channels * call.channels / call.groups;
+  return 2 * (int64_t)sizeof(float) * weights <= weights_budget() && call.list.pixels && count >= 0 && is_ascending(call.list, count) && !call.residual &&
+         !call.activate_if_all && call.out == pool.in && call.out_stride == pool.in_stride &&
+         call.batch == pool.batch && call.out_height == pool.height &&
+         call.out_width == pool.width;
+}
+
+// Convolutions, and the max pool of what they write, which is not written as a whole; or -1: they
+// have to be done one after the other.
+int pool_in_bands(const pag_call* calls, int64_t number, int threads) {
+  constexpr int64_t MOST = 4;
+  const pag_pool& pool = *static_cast<const pag_pool*>(calls[number].arguments);
+  const pag_convolution* convolutions[MOST];
+  int64_t counts[MOST];
+  if (number > MOST || calls[number].kind != PAG_POOL) return -1;
+  for (int64_t i = 0; i < number; i++) {
+    if (calls[i].kind != PAG_CONVOLVE) return -1;
+    const pag_convolution& call = *static_cast<const pag_convolution*>(calls[i].arguments);
+    const int64_t pixels = (int64_t)call.batch * call.out_height * call.out_width;
+    convolutions[i] = &call;
+    counts[i] = check_list(call.list, pixels);
+    if (!can_band(call, counts[i], pool)) return -1;
+  }
+  const int64_t rows = (int64_t)pool.batch * pool.out_height;
+  const int64_t parts = std::min<int64_t>(rows, std::max(threads, 1));
+  std::atomic<int> status{PAG_OK};
+  share(parts, threads, [&](int64_t i) {
+    const int failed = pool_rows(convolutions, counts, number, pool, rows * i / parts,
+                                 rows * (i + 1) / parts);
+    if (failed) status.store(failed);
+  });
+  return status.load();
+}
+
 int resize(const pag_resizing* call, int threads) {
   const pag_kernels& table = kernels();
   const int64_t rows = (int64_t)call->batch * call->out_height;
@@ -708,6 +819,8 @@ int copy(const pag_copy* call, int threads) {
   return PAG_OK;
 }
 
+int nothing(const pag_pooling*, int) { return PAG_OK; }
+
 // Each kind of call, its structure and the function that takes it.
 #define PAG_EACH_KIND(DO)                          \
   DO(PAG_CONVOLVE, pag_convolution, convolve)      \
@@ -722,7 +835,8 @@ int copy(const pag_copy* call, int threads) {
   DO(PAG_POOL, pag_pool, pool)                     \
   DO(PAG_ACTIVATE, pag_map, activate)              \
   DO(PAG_RESIZE, pag_resizing, resize)             \
-  DO(PAG_GROUP_NORM, pag_grouping, group_norm)
+  DO(PAG_GROUP_NORM, pag_grouping, group_norm)     \
+  DO(PAG_POOL_AT_ONCE, pag_pooling, nothing)
 
 int run(const pag_call& call, int threads) {
 #define PAG_RUN(KIND, STRUCTURE, FUNCTION) \
@@ -753,8 +867,17 @@ int pag_use_instruction_set(const char* name) {
 void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(gomp_parallel)); }
 
 int pag_run(const pag_call* calls, int64_t count, int threads) {
-  for (int64_t i = 0; i < count; i++)
-    if (const int status = run(calls[i], threads)) return status;
+  for (int64_t i = 0; i < count; i++) {
+    if (calls[i].kind == PAG_POOL_AT_ONCE) {
+      const int64_t number = static_cast<const pag_pooling*>(calls[i].arguments)->convolutions;
+      const int status =
+          i + number + 1 < count ? pool_in_bands(calls + i + 1, number, threads) : -1;
+      if (status > PAG_OK) return status;
+      if (status == PAG_OK) i += number + 1;
+    } else if (const int status = run(calls[i], threads)) {
+      return status;
+    }
+  }
   return PAG_OK;
 }
 

@@ -163,6 +163,12 @@ struct pag_grouping {
   float slope;  // of PAG_LEAKY_RELU
 };
 
+// The convolutions that follow, and then a max pool of what they write. If nothing else reads that,
+// it need not be written: see pool_in_bands.
+struct pag_pooling {
+  int64_t convolutions;
+};
+
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
@@ -185,6 +191,7 @@ enum pag_kind {
   PAG_ACTIVATE,       // pag_map: listed pixels are activated
   PAG_RESIZE,         // pag_resizing
   PAG_GROUP_NORM,     // pag_grouping
+  PAG_POOL_AT_ONCE,   // pag_pooling
 };
 
 struct pag_call {

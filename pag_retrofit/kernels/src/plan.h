@@ -23,6 +23,7 @@ struct pag_plan {
   bool plain;      // no source is read upsampled
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
   bool gathered;   // a tile's input is copied together before it is multiplied, if not joined
+  bool plain_dot;  // one tap of one source: more than few output channels may be computed so
   bool dot;        // few output channels: vectors lie along the input channels
   bool thin;       // one tap of few channels, at ascending pixels: see strips
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
