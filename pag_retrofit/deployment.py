@@ -106,7 +106,7 @@ class DeployedNetwork(nn.Module):
     def profile(
         self, *tensors: Tensor, rounds: int = 1
     ) -> list[tuple[str, tuple[Any, ...], float]]:
-        """Time every kernel call of a pass; native kernels only.
+        """Time every kernel call of a pass, one after the other; native kernels only.
 
         Args:
             tensors: What `forward` takes.

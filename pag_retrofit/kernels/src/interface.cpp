@@ -663,7 +663,7 @@ int pool_in_bands(const pag_call* calls, int64_t number, int threads) {
   const pag_pool& pool = *static_cast<const pag_pool*>(calls[number].arguments);
   const pag_convolution* convolutions[MOST];
   int64_t counts[MOST];
-  if (number > MOST || calls[number].kind != PAG_POOL) return -1;
+  if (number < 1 || number > MOST || calls[number].kind != PAG_POOL) return -1;
   for (int64_t i = 0; i < number; i++) {
     if (calls[i].kind != PAG_CONVOLVE) return -1;
     const pag_convolution& call = *static_cast<const pag_convolution*>(calls[i].arguments);
@@ -673,7 +673,8 @@ int pool_in_bands(const pag_call* calls, int64_t number, int threads) {
     if (!can_band(call, counts[i], pool)) return -1;
   }
   const int64_t rows = (int64_t)pool.batch * pool.out_height;
-  const int64_t parts = std::min<int64_t>(rows, std::max(threads, 1));
+  const int64_t reads = rows * pool.out_width * pool.channels * pool.kernel[0] * pool.kernel[1];
+  const int64_t parts = std::min<int64_t>(rows, worthwhile(threads, reads));
   std::atomic<int> status{PAG_OK};
   share(parts, threads, [&](int64_t i) {
     const int failed = pool_rows(convolutions, counts, number, pool, rows * i / parts,
