@@ -42,9 +42,9 @@ DEPLOYMENT = """## Deployed
 The deployed network against the gated one under the same masks: all open, half of it in patches,
 a tenth of it at random; twice, for the second pass replays the first one. Outputs may be off by
 1e-4 of the largest from the gated network's or from exact ones (float64), or three times as far
-from those as the gated network is in float32: some fresh networks magnify rounding. What the
-kernels do not know runs as torch runs it, densely: the share of the multiply-accumulates, where
-it is 1% or more."""
+from those as the gated network is in float32, for that image or three that differ from it in the
+last place: some fresh networks magnify rounding. What the kernels do not know runs as torch runs
+it, densely: the share of the multiply-accumulates, where it is 1% or more."""
 LEAST_BY_TORCH = 0.01
 
 
@@ -111,7 +111,8 @@ def deployment(results: dict[str, Any]) -> str:
         rounded = f"{r['rounding']:.1e}" if r.get("rounding") else ""
         share = f"{r['by_torch']:.1%}" if r.get("by_torch", 0) >= LEAST_BY_TORCH else ""
         if r["status"] != "ok":
-            lines.append(f"| {name} | **{_remarks(r)}** | {rounded} | {share} |")
+            error = " ".join(r.get("error", "").split())
+            lines.append(f"| {name} | **{r['status']}**: {error} | {rounded} | {share} |")
         elif rounded or share:
             lines.append(f"| {name} | {r['difference']:.1e} | {rounded} | {share} |")
     return "\n".join(lines)

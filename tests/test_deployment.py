@@ -31,6 +31,7 @@ from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
     Activate,
     Allocate,
+    Buffer,
     Call,
     Convolve,
     Decide,
@@ -48,6 +49,7 @@ from pag_retrofit.execution import (
 from pag_retrofit.gates import named_gates
 from pag_retrofit.kernels import native
 from pag_retrofit.ordering import put_off
+from pag_retrofit.sharing import weigh_together
 
 SHAPE = (2, 3, 64, 64)
 
@@ -757,6 +759,34 @@ def test_gates_of_a_stage_weigh_its_map_once(
         # Two gates read the input. Outside of its open pixels, SiLU changes a map again.
         together = activation is nn.ReLU and blocks > 2
         assert weighing == [2, *(range(blocks - 1, 0, -1) if together else ())]
+
+
+def test_pixels_that_several_blocks_changed_are_weighed_again() -> None:
+    gated = gate_all(Stage(2, nn.ReLU, False), (1, 3, 512, 512))
+    gate, layer = gated.get_submodule("shortcut.pag_gate"), nn.Identity()
+    size, source = (512, 512), (Source("input", "BCHW"),)
+
+    def changed(name: str, before: str, mask: str) -> list[Step]:
+        buffer, where = Buffer((1, *size, 3), "BCHW"), Masked(mask)
+        written = {"layer": layer, "layout": "BCHW", "sources": source, "size": size}
+        return [
+            Allocate(writes=name, buffer=buffer, copied=before),
+            Convolve(writes=name, where=where, accumulate=True, **written),
+        ]
+
+    first, last = (
+        Decide(writes=name, gate=gate, sources=(Source(read, "BCHW"),), shape=(1, 1, *size),
+               offset=(0, 0))
+        for name, read in (("a", "map"), ("c", "later"))
+    )  # fmt: skip
+    steps = [first, *changed("between", "map", "a"), *changed("later", "between", "b"), last]
+    weighed = [step for step in weigh_together(steps) if isinstance(step, Weigh)]
+    assert [step.where for step in weighed] == [EVERYWHERE, either(Masked("a"), Masked("b"))]
+    assert [len(step.gates) for step in weighed] == [2, 1]
+    steps[-1] = replace(last, sources=(Source("between", "BCHW"),))
+    assert sum(isinstance(step, Weigh) for step in weigh_together([*steps, last])) == 3
+    for other in (replace(first, offset=(1, 1)), replace(first, sources=(Source("x", "BCHW"),))):
+        assert weigh_together([other, *steps[1:5], last]) == [other, *steps[1:5], last]
 
 
 @torch.no_grad()
