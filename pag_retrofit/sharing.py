@@ -1,4 +1,4 @@
-"""Fewer passes over whole maps, each of which takes as long as computing a block at few pixels.
+"""Fewer passes over whole maps: the fewer pixels are computed, the more of the time they take.
 
 Gates: the blocks of a stage read one map, which each changes at its open pixels only. The weights
 of all their gates are applied when the first one reads the map; later, only changed pixels are
