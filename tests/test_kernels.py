@@ -363,6 +363,17 @@ class TestConvolution:
         check(replace(case, channels=(37,), activation="none"), twin)
         check(replace(case, window=Window((5, 3), (2, 1), (2, 1), (1, 0))), twin)
 
+    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("channels", [128, 203])
+    @pytest.mark.parametrize("out_channels", [1, 2, 3, 5, 8, 12, 13])
+    def test_few_output_channels_of_many(self, name: str, channels: int, out_channels: int) -> None:
+        case = Case((channels,), out_channels=out_channels, size=(9, 17), window=POINTWISE)
+        with using(name) as module:
+            for mask in MASKS:
+                check(replace(case, mask=mask, activation="silu"), module)
+            check(replace(case, bias=False, wider=3), module)
+            check(replace(case, residual="before", scale=True), module)
+
     @pytest.mark.parametrize("mask", MASKS)
     @pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 3)])
     def test_winograd(self, twin: ModuleType, dilation: tuple[int, int], mask: str) -> None:

@@ -650,20 +650,21 @@ int pool_rows(const pag_convolution* const* convolutions, const int64_t* counts,
 bool can_band(const pag_convolution& call, int64_t count, const pag_pool& pool) {
   const int64_t taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
   const int64_t weights = taps * call.out_channels * call.channels / call.groups;
-  return 2 * (int64_t)sizeof(float) * weights <= weights_budget() && call.list.pixels && count >= 0 && is_ascending(call.list, count) && !call.residual &&
-         !call.activate_if_all && call.out == pool.in && call.out_stride == pool.in_stride &&
-         call.batch == pool.batch && call.out_height == pool.height &&
-         call.out_width == pool.width;
+  const bool same = call.out == pool.in && call.out_stride == pool.in_stride &&
+                    call.batch == pool.batch && call.out_height == pool.height &&
+                    call.out_width == pool.width;
+  return same && 2 * (int64_t)sizeof(float) * weights <= weights_budget() && !call.residual &&
+         !call.activate_if_all && call.list.pixels && count >= 0 && is_ascending(call.list, count);
 }
 
 // Convolutions, and the max pool of what they write, which is not written as a whole; or -1: they
 // have to be done one after the other.
 int pool_in_bands(const pag_call* calls, int64_t number, int threads) {
   constexpr int64_t MOST = 4;
-  const pag_pool& pool = *static_cast<const pag_pool*>(calls[number].arguments);
   const pag_convolution* convolutions[MOST];
   int64_t counts[MOST];
   if (number < 1 || number > MOST || calls[number].kind != PAG_POOL) return -1;
+  const pag_pool& pool = *static_cast<const pag_pool*>(calls[number].arguments);
   for (int64_t i = 0; i < number; i++) {
     if (calls[i].kind != PAG_CONVOLVE) return -1;
     const pag_convolution& call = *static_cast<const pag_convolution*>(calls[i].arguments);
