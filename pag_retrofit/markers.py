@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pag_retrofit.aliasing import spread_writes
 from pag_retrofit.exported import inline_regions
 from pag_retrofit.functional import (
     apply_mask,
@@ -106,4 +107,5 @@ def export_marked(
     with in_mode(marked), quietly(), marking(), torch.no_grad():
         exported = torch.export.export(marked, arguments, keywords, strict=False)
     inline_regions(exported.graph, exported.graph_module)
+    spread_writes(exported.graph)
     return exported

@@ -1,0 +1,119 @@
+"""Writes into memory that an exported graph has several names for.
+
+In an exported graph the result of an operator that works in place stands for the tensor it wrote
+from then on, but not for other views of that memory, nor for what it is a view of: after
+`mask[:8] = 1` the graph still reads `mask` by its old name. Deployed networks compute out of place,
+so what is read later has to be put together from what was there and what was written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from pag_retrofit.locality import Node, operator_name
+
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Size, strides and offset of a tensor in its memory."""
+
+
+def spread_writes(graph: fx.Graph) -> None:
+    """Let whatever is read after a write in place hold what was written; changes the graph.
+
+    Args:
+        graph: Of an exported program, with the values that it was traced with.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    names: dict[int, list[Node]] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        sharing = names.setdefault(int(value.untyped_storage()._cdata), [])
+        stale = [name for name in sharing if _is_stale(name, node, order)]
+        sharing.append(node)
+        if stale:
+            sharing += _spread(graph, node, stale, sharing, order)
+
+
+def _is_stale(name: Node, write: Node, order: dict[Node, int]) -> bool:
+    """Whether something reads by a name, later, what an operator writes."""
+    if not operator_name(write).endswith("_") or operator_name(write).startswith("_"):
+        return False
+    read = any(_is_later(user, write, order) for user in name.users)
+    return read and _overlap(_place(name), _place(write))
+
+
+def _is_later(node: Node, write: Node, order: dict[Node, int]) -> bool:
+    """Whether a node of the original graph comes after another."""
+    return order.get(node, -1) > order[write]
+
+
+def _spread(
+    graph: fx.Graph, write: Node, stale: list[Node], sharing: list[Node], order: dict[Node, int]
+) -> list[Node]:
+    """Replace stale names among those that share memory; return the new ones."""
+    whole = _place(sharing[0])
+    before = [name for name in sharing[:-1] if _place(name) == whole][-1]
+    with graph.inserting_after(write):
+        after = graph.call_function(written, (before, write, whole, _place(write)))
+    after.meta["val"] = before.meta["val"]
+    new = [after]
+    for name in stale:
+        found = after
+        if _place(name) != whole:
+            with graph.inserting_after(new[-1]):
+                found = graph.call_function(seen, (after, whole, _place(name)))
+            found.meta["val"] = name.meta["val"]
+            new.append(found)
+        name.replace_all_uses_with(found, lambda user: _is_later(user, write, order))
+    return new
+
+
+def _place(node: Node) -> Place:
+    value = node.meta["val"]
+    return tuple(value.shape), tuple(value.stride()), int(value.storage_offset())
+
+
+def _overlap(first: Place, second: Place) -> bool:
+    """Whether two tensors have an element in common."""
+    if first == second:
+        return True
+    if not all(first[0]) or not all(second[0]):
+        return False
+    end = max(
+        1 + offset + sum((n - 1) * step for n, step in zip(size, strides, strict=True))
+        for size, strides, offset in (first, second)
+    )
+    marks = torch.zeros(end, dtype=torch.bool)
+    marks.as_strided(*first).fill_(True)
+    return bool(marks.as_strided(*second).any())
+
+
+def written(before: Tensor, part: Tensor, whole: Place, place: Place) -> Tensor:
+    """A tensor of which a part was overwritten.
+
+    Args:
+        before: The tensor.
+        part: What is in that part now.
+        whole: Where the tensor lies in its memory.
+        place: Where the part does.
+    """
+    result, start = _laid(before, whole)
+    start.as_strided(*place).copy_(part)
+    return result
+
+
+def seen(after: Tensor, whole: Place, place: Place) -> Tensor:
+    """A part of a tensor; arguments as those of `written`."""
+    return _laid(after, whole)[1].as_strided(*place)
+
+
+def _laid(x: Tensor, whole: Place) -> tuple[Tensor, Tensor]:
+    """A copy that lies in its memory as the tensor did when it was traced, and that memory."""
+    size, strides, offset = whole
+    end = 1 + offset + sum((n - 1) * step for n, step in zip(size, strides, strict=True))
+    memory = x.new_empty(end)
+    result = memory.as_strided(*whole)
+    result.copy_(x)
+    return result, memory
