@@ -492,34 +492,44 @@ class _Lowering:
         group = self.group(node.args[0], node)
         if group is not None and not group.mask and group.residual is None:
             return self.move(node.args[0], node, replace(group, mask=mask))
-        passed_on = self._passed_on(self.real(node.args[0]))
+        passed_on = self._passed_on(self.real(node.args[0]), self._layout_of_mask(node.args[1]))
         if passed_on is None:
             return False
         self.state.groups[node] = replace(passed_on, mask=mask)
         return True
 
-    def _passed_on(self, node: Node) -> _Group | None:
+    def _layout_of_mask(self, x: Node) -> str:
+        """Layout of the maps that a view of a mask fits."""
+        if len(shape_of(x)) == 3:
+            return "BNC"
+        node = self.real(x)
+        while base_name(node) in _VIEWS_OF_MASKS:
+            if base_name(node) == "permute":
+                return "BHWC"
+            node = self.real(node.args[0])
+        return "BCHW"
+
+    def _passed_on(self, node: Node, layout: str) -> _Group | None:
         """A map as it is, as a group: so that what follows is computed at listed pixels."""
         shape = shape_of(node)
         virtual = self.state.virtual.get(node)
-        source = Source(node.name, {3: "BNC", 4: "BCHW"}.get(len(shape), ""))
+        source = Source(node.name, layout)
         if isinstance(virtual, _Parts) and len(virtual.sources) == 1 and virtual.sources[0].scale:
             source = virtual.sources[0]
         else:
             self.make(node)
-        if len(shape) != 4:  # tokens, and maps whose channels are last, are left to torch
+        if layout == "BNC":  # tokens are left to torch
             return None
-        rows = (shape[0], shape[2], shape[3], shape[1])
-        one = torch.ones(shape[1], 1, 1, 1)
+        channels, size = shape[layout.index("C")], spatial_size(node, layout)
         part = _Part(
             (source,),
-            one,
-            torch.zeros(shape[1]),
+            torch.ones(channels, 1, 1, 1),
+            torch.zeros(channels),
             POINTWISE,
-            shape[1],
-            (shape[2], shape[3]),
+            channels,
+            size,
         )
-        return _Group((part,), rows, "BCHW")
+        return _Group((part,), (shape[0], *size, channels), layout)
 
     def _visit_mix(self, node: Node) -> bool:
         active, bypass = self.real(node.args[0]), self.real(node.args[1])

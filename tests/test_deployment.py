@@ -19,7 +19,7 @@ from conftest import Pair
 from grammar import Case, cases
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from networks import ONE_EACH, CustomNet, conv, randomize
+from networks import ONE_EACH, CustomNet, Residual, conv, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from user_models import MODELS
@@ -654,6 +654,34 @@ def test_a_shortcut_takes_over_what_an_operator_of_torch_has_made() -> None:
         agree(gated, deployed, torch.randn(SHAPE), density, "random")
     copies = [s for s in steps_of(deployed) if isinstance(s, Allocate) and s.copied]
     assert copies and all(step.in_place for step in copies)
+
+
+class ChannelsLast(nn.Module):
+    """A residual branch of a map whose channels are last, with a last layer of any kind."""
+
+    def __init__(self, end: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 4, stride=4)
+        self.block = Residual(nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12), end))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", [nn.LayerNorm(12), nn.Tanh(), nn.SiLU(), nn.Identity()])
+@pytest.mark.parametrize(
+    "size", [(48, 48), (20, 36), (4, 4)]
+)  # as many rows as channels; one pixel
+def test_channels_last_branches_end_in_any_layer(end: nn.Module, size: tuple[int, int]) -> None:
+    shape = (2, 3, *size)
+    gated = gate_all(randomize(ChannelsLast(end)).eval(), shape)
+    assert "block" in [name for name, _ in named_gates(gated)]
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for density in (1.0, 0.4, 0.0):
+            agree(gated, deployed, torch.randn(shape), density, "random")
 
 
 class Resized(nn.Module):
