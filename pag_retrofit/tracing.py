@@ -52,11 +52,40 @@ class ConvCall:
     times: int = 1
 
 
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Of the two products of (B, heads, L, D) tensors, masked pairs included."""
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    return int(pairs * (query.shape[-1] + value.shape[-1]))
+
+
+def _multi_head_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """The same with the four projections, of (B, L, E) tensors."""
+    batch, length, width = query.shape
+    projections = 2 * batch * (length + key.shape[1]) * width**2
+    return int(projections) + _attention_macs(query, key, value)
+
+
+def _encoder_layer_macs(source: Tensor, *others: Any, **_: Any) -> int:
+    """The same with the two linear layers that follow."""
+    first, second = others[13], others[15]
+    tokens = math.prod(source.shape[:-1])
+    return _multi_head_macs(source, source, source) + tokens * (first.numel() + second.numel())
+
+
+_FUSED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_macs,
+    torch.ops.aten._native_multi_head_attention: _multi_head_macs,
+    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_macs,
+}
+"""Operators of the CPU that `torch.utils.flop_counter` has no formula for."""
+
+
 class MacCounter(TorchDispatchMode):
     """Counts multiply-accumulates by the formulas of `torch.utils.flop_counter`.
 
     Its own mode follows modules as well, which fails where a parameter is passed to a module
-    without gradients being recorded.
+    without gradients being recorded. And it leaves out attention that is one operator on the CPU,
+    as it counts it elsewhere: a network would have other budgets there.
 
     Attributes:
         macs: So far.
@@ -72,14 +101,16 @@ class MacCounter(TorchDispatchMode):
     ) -> Any:
         """Run an operator and count it."""
         kwargs = kwargs or {}
-        flops = flop_registry.get(func._overloadpacket)
-        if flops is None and func is not torch.ops.prim.device.default:
+        flops, macs = flop_registry.get(func._overloadpacket), _FUSED.get(func._overloadpacket)
+        if flops is macs is None and func is not torch.ops.prim.device.default:
             with self:  # in inference mode, operators made of others arrive here whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if flops is not None:
+        if macs is not None:
+            self.macs += macs(*args, **kwargs)
+        elif flops is not None:
             self.macs += flops(*args, **kwargs, out_val=result) // 2
         return result
 

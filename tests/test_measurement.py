@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from conftest import Pair
 from networks import CustomNet, randomize
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import pag_retrofit as pag
 from pag_retrofit.functional import pattern_mask
 from pag_retrofit.gates import named_gates
+from pag_retrofit.tracing import MacCounter
 
 
 @pytest.fixture
@@ -23,9 +27,15 @@ def gated() -> nn.Module:
     return pag.retrofit(model, 1.0, example_input=(1, 3, 32, 32), config=config)
 
 
-def original_macs(model: nn.Module, x: Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+def original_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """Attention is computed as products of matrices: not all torch counts it otherwise."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 
 
@@ -188,3 +198,65 @@ def test_refusals(gated: nn.Module) -> None:
     for name in ("fraction", "compute_map"):
         with pytest.raises(pag.PagError, match="nothing was measured"):
             getattr(m, name)
+
+
+class Attends(nn.Module):
+    """Attention of queries to more keys than there are queries, of wider values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(2, (4, 8)).transpose(1, 2)
+        keys, values = torch.cat([heads, heads], 2), torch.cat([heads, heads], 3).repeat(1, 1, 2, 1)
+        return F.scaled_dot_product_attention(heads, keys, values)
+
+
+class AttendsToOthers(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x[:, :3], x[:, :3], need_weights=False)[0]
+
+
+class AttendsToItself(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Attends(),
+        AttendsToItself(32, 4, batch_first=True),
+        AttendsToOthers(32, 4, batch_first=True),
+        nn.TransformerEncoderLayer(32, 4, 48, batch_first=True),
+    ],
+)
+def test_attention_counts_however_it_is_computed(layer: nn.Module, mode: Any) -> None:
+    layer.eval()
+    x = torch.randn(2, 7, 32)
+    with mode(), MacCounter() as counter:
+        layer(x)
+    assert counter.macs == original_macs(layer, x) > 0
+
+
+def test_no_layer_costs_more_than_the_network() -> None:
+    """Also where layers are not called in evaluation, for one operator does what they would."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 32, 4, 4)
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            return x + self.mlp(x)
+
+    model, x = nn.Sequential(Block()).eval(), torch.randn(1, 3, 32, 32)
+    plan = pag.plan(model, 1.0, example_input=x)
+    assert plan.total_macs == original_macs(model, x)
+    assert 0.2 < plan.gateable_share < 0.8
+    gated = pag.retrofit(model, 1.0, example_input=x)
+    with torch.no_grad(), pag.measure(gated) as m:
+        gated(x)
+    assert m.total_macs == plan.total_macs
