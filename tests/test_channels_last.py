@@ -90,12 +90,12 @@ LAYERS: dict[str, Any] = {
     "depthwise": Depthwise,
     "dropout": lambda c: nn.Dropout(0.5),
 }
-ENDS = ("gelu", "tanh", "norm", "scale", "dropout")
+ENDS = ("norm", "gelu", "scale", "norm", "dropout", "tanh")
 
 
 @st.composite
 def last_networks(draw: st.DrawFn) -> Last:
-    channels, tokens = draw(st.sampled_from([8, 12])), draw(st.booleans())
+    channels, tokens = draw(st.sampled_from([8, 12])), draw(st.sampled_from([False, False, True]))
     inner = [name for name in LAYERS if not (tokens and name == "depthwise")]
 
     def branch() -> nn.Sequential:
@@ -111,19 +111,25 @@ def last_networks(draw: st.DrawFn) -> Last:
     return Last(tokens, [block() for _ in range(draw(st.integers(1, 3)))], channels)
 
 
-@given(last_networks(), st.sampled_from([(48, 48), (20, 36), (4, 4), (4, 40)]), st.floats(0, 1))
+@given(
+    last_networks(),
+    st.sampled_from([(48, 48), (20, 36), (4, 4), (4, 40)]),
+    st.floats(0, 1),
+    st.sampled_from(["auto", "reference"]),
+)
 @settings(
-    max_examples=30,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @torch.no_grad()
-def test_channels_last_and_tokens(network: Last, size: tuple[int, int], density: float) -> None:
+def test_channels_last_and_tokens(
+    network: Last, size: tuple[int, int], density: float, backend: str
+) -> None:
     torch.manual_seed(0)
     shape = (2, 3, *size)
     gated = gate_all(randomize(network).eval(), shape)
-    for backend in ("auto", "reference"):
-        deployed = pag.deploy(gated, backend)
-        for share in (1.0, density):
-            agree(gated, deployed, torch.randn(shape), share, "random")
+    deployed = pag.deploy(gated, backend)
+    for share in (1.0, density):
+        agree(gated, deployed, torch.randn(shape), share, "random")
