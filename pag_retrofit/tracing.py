@@ -148,7 +148,7 @@ class Observation:
         """
         copied = shadow(model)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, quietly():
                 self._run(copied, mode.from_tensor(example))
         except Exception:
             try:
@@ -292,9 +292,9 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Silence what torch says of a network that it cannot export: the plan says it in a line."""
+    """Silence what torch says of a network that it cannot follow: one line says it later."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -643,6 +643,16 @@ def test_a_wrong_example_is_named(example: Any) -> None:
     assert same_state(model, snapshot) and modes(model) == modes(snapshot)
 
 
+def test_an_example_that_the_network_refuses_takes_one_line(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shrinking = nn.Sequential(conv(3, 8, 3), nn.MaxPool2d(8), nn.MaxPool2d(4))
+    with caplog.at_level("ERROR"), pytest.raises(pag.PagError) as error:
+        pag.plan(shrinking, 0.9, example_input=(1, 3, 16, 16))
+    assert "does not run on it" in str(error.value) and "\n" not in str(error.value)
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
 def test_a_size_that_the_network_refuses_is_named() -> None:
     model = smp.FPN("resnet18", encoder_weights=None)
     with pytest.raises(pag.PagError, match=r"example_input.*\(1, 3, 65, 64\)"):
