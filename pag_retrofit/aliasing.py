@@ -22,6 +22,9 @@ def spread_writes(graph: fx.Graph) -> None:
 
     Args:
         graph: Of an exported program, with the values that it was traced with.
+
+    Raises:
+        TypeError: What is written is read as another type.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     names: dict[int, list[Node]] = {}
@@ -40,8 +43,12 @@ def _is_stale(name: Node, write: Node, order: dict[Node, int]) -> bool:
     """Whether something reads by a name, later, what an operator writes."""
     if not operator_name(write).endswith("_") or operator_name(write).startswith("_"):
         return False
-    read = any(_is_later(user, write, order) for user in name.users)
-    return read and _overlap(_place(name), _place(write))
+    if not any(_is_later(user, write, order) for user in name.users):
+        return False
+    types = name.meta["val"].dtype, write.meta["val"].dtype
+    if types[0] is not types[1]:
+        raise TypeError(f"{write} writes {types[1]} in place where {name} reads {types[0]}")
+    return _overlap(_place(name), _place(write))
 
 
 def _is_later(node: Node, write: Node, order: dict[Node, int]) -> bool:

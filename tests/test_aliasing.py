@@ -113,3 +113,24 @@ def test_the_input_is_written_to_in_a_copy(layout: torch.memory_format) -> None:
     result = deployed(x)
     assert torch.equal(x, given_input)
     close(result, gated(x))
+
+
+class Retyped(nn.Module):
+    """Reads the bits of what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = CustomNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        bits = y.view(torch.int32)
+        y.add_(1.0)
+        return bits + 1
+
+
+@torch.no_grad()
+def test_memory_of_two_types_is_refused() -> None:
+    gated = gate_all(randomize(Retyped()).eval(), (2, 3, 16, 12))
+    with pytest.raises(pag.PagError, match=r"float32 in place where view.* reads torch.int32"):
+        pag.deploy(gated)(torch.randn(2, 3, 16, 12))
