@@ -374,7 +374,8 @@ def _load_tensors(gated: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     for name, tensor in (*gated.named_parameters(), *gated.named_buffers()):
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)  # a network saved in half precision
-    gated.load_state_dict(tensors)
+    own.update(tensors)  # it knows the versions of modules, some of which load nothing without
+    gated.load_state_dict(own)
 
 
 def _tensors(gated: nn.Module) -> dict[str, Tensor]:

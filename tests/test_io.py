@@ -494,3 +494,19 @@ def test_a_specification_never_asks_for_pretrained_weights() -> None:
     assert TIMM.arguments == {"num_classes": 5}
     assert "encoder_weights" not in SMP.arguments
     assert TIMM.build().pag_spec == TIMM
+
+
+class Versioned(CustomNet):
+    """Refuses weights of a version that it does not know."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, known: Any, *others: Any) -> None:
+        assert known.get("version") == 2
+        super()._load_from_state_dict(state, prefix, known, *others)
+
+
+def test_modules_are_told_their_version(tmp_path: Path) -> None:
+    saved = trained(Versioned())
+    pag.save_file(saved, tmp_path / "gated.safetensors")
+    assert_same_network(pag.load_file(tmp_path / "gated.safetensors", model=Versioned()), saved)
