@@ -118,7 +118,7 @@ def last_networks(draw: st.DrawFn) -> Last:
     st.sampled_from(["auto", "reference"]),
 )
 @settings(
-    max_examples=50,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
