@@ -88,8 +88,9 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
 
 
 def draw_panel(folder: Path, recipe: Recipe) -> Figure:
-    """What the network of the lowest budget sees, and where it computes."""
-    gated = from_pretrained(min(folder.glob("gated-*")))
+    """What the network gated to about half sees, and where it computes."""
+    nearest = min(folder.glob("gated-*"), key=lambda path: abs(float(path.name[6:]) - 0.5))
+    gated = from_pretrained(nearest)
     data, task = evaluation_data(recipe), recipe.task.name
     chosen = [data[k * len(data) // SHOWN] for k in range(SHOWN)]
     samples = [sample for sample in chosen if sample["image"].shape == chosen[0]["image"].shape]
