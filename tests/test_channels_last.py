@@ -90,7 +90,7 @@ LAYERS: dict[str, Any] = {
     "depthwise": Depthwise,
     "dropout": lambda c: nn.Dropout(0.5),
 }
-ENDS = ("norm", "gelu", "scale", "norm", "dropout", "tanh")
+ENDS = ("norm", "gelu", "scale", "squeeze", "norm", "dropout", "tanh")
 
 
 @st.composite
