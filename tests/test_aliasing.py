@@ -67,12 +67,16 @@ def test_all_names_of_memory_hold_what_was_written(chosen: list[tuple[str, str, 
     agree(gated, pag.deploy(gated), torch.randn(2, 3, 16, 12), 0.5)
 
 
-class Windows(nn.Module):
-    """Numbers the parts of a map in place, as networks of shifted windows do."""
+class Around(nn.Module):
+    """Holds a network that is gated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = CustomNet()
+
+
+class Windows(Around):
+    """Numbers the parts of a map in place, as networks of shifted windows do."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.net(x)
@@ -90,12 +94,8 @@ def test_a_map_may_be_put_together_in_place() -> None:
         agree(gated, deployed, torch.randn(2, 3, 16, 12), density)
 
 
-class Overwriting(nn.Module):
+class Overwriting(Around):
     """Writes into its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = CustomNet()
 
     def forward(self, x: Tensor) -> Tensor:
         x[:, :, :4] = 0.0
@@ -115,12 +115,8 @@ def test_the_input_is_written_to_in_a_copy(layout: torch.memory_format) -> None:
     close(result, gated(x))
 
 
-class Retyped(nn.Module):
+class Retyped(Around):
     """Reads the bits of what was written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = CustomNet()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.net(x)
