@@ -941,6 +941,7 @@ class _Lowering:
                         slope=group.slope,
                         winograd=_by_winograd(part, group),
                         activate_if_all=bool(group.coarse),
+                        compressed=kernels.prefers_compressed(part.weight, part.groups),
                     ),
                     layout=group.layout,
                     sources=part.sources,

@@ -563,6 +563,20 @@ def test_budgets_can_be_set_on_it(dial: bool) -> None:
 # --- what makes it fast ---------------------------------------------------------------------------
 
 
+@torch.no_grad()
+@needs_kernels
+@pytest.mark.parametrize("density", [1.0, 0.4, 0.02])
+def test_large_weights_are_compressed(density: float) -> None:
+    block = timm.models.resnet.Bottleneck(512, 128)
+    gated = gate_all(randomize(nn.Sequential(nn.Conv2d(3, 512, 1), block)), (1, 3, 20, 24))
+    deployed = pag.deploy(gated)
+    for size in ((20, 24), (5, 6)):  # by Winograd's algorithm and directly
+        agree(gated, deployed, torch.randn(2, 3, *size), density)
+    for program, _ in deployed._programs.values():
+        compressed = [layer.compressed for layer in program.layers if layer.window.kernel == (3, 3)]
+        assert compressed == [native.expands()]
+
+
 def steps_of(deployed: DeployedNetwork) -> list[Any]:
     program, _ = next(iter(deployed._programs.values()))
     return program.steps

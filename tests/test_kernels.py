@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ from pag_retrofit.functional import POINTWISE, Window
 from pag_retrofit.kernels import Taps, native, operators, reference
 from pag_retrofit.kernels.arguments import ConvolutionArguments
 from pag_retrofit.kernels.packing import (
+    compress,
+    compressed_sizes,
+    expand,
     pack_weight,
     packed_size,
     transformed,
@@ -123,6 +127,7 @@ class Case:
     scale: bool = False
     input_scale: bool = False
     winograd: bool = False
+    compressed: bool = False
     wider: int = 0  # channels of the buffers beside those in use
     mask: str = "random"
     seed: int = 0
@@ -149,7 +154,11 @@ class Case:
 
     def packed_weight(self) -> Tensor:
         weight = self.weight()
-        return pack_weight(transformed(weight) if self.winograd else weight, self.groups)
+        weight = transformed(weight) if self.winograd else weight
+        packed = pack_weight(weight, self.groups)
+        if not self.compressed:
+            return packed
+        return compress(packed, self.out_channels, sum(self.channels), weight[0, 0].numel())
 
     def arguments(self) -> ConvolutionArguments:
         generator = torch.Generator().manual_seed(self.seed)
@@ -293,6 +302,7 @@ def cases(draw: st.DrawFn) -> Case:
         size=draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
         window=window,
         winograd=winograd,
+        compressed=groups == 1 and draw(st.booleans()),
         batch=draw(st.integers(1, 3)),
         bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["none", "relu", *kernels.ACTIVATIONS])),
@@ -486,7 +496,8 @@ class TestConvolution:
         case = Case((64,), out_channels=96, size=(31, 29), activation="silu", residual="after")
         grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
-        for each in (case, grouped, few, replace(case, winograd=True)):
+        plain = (case, grouped, few, replace(case, winograd=True))
+        for each in (*plain, *(replace(c, compressed=True) for c in plain if c.groups == 1)):
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
@@ -1054,6 +1065,7 @@ class TestArguments:
             (lambda a: {"sources": [a.sources[0].repeat(2, 1, 1, 1)]}, "does not cover"),
             (lambda a: {"weights": a.weights[:-1]}, "weights is"),
             (lambda a: {"weights": a.weights.half()}, "weights is"),
+            (lambda a: {"weights": a.weights.int()}, "as compress returns it"),
             (lambda a: {"bias": a.bias[:-1]}, "bias is"),
             (lambda a: {"scale": torch.ones(3, 7)}, "scale is"),
             (lambda a: {"input_scale": torch.ones(1, 7)}, "input_scale is"),
@@ -1149,6 +1161,93 @@ def test_packing_keeps_every_weight(
     sizes = (out_channels * groups, own * groups, groups)
     assert packed.shape == (packed_size(*sizes, math.prod(kernel)),)
     assert torch.equal(unpack_weight(packed, *sizes, kernel), weight)
+
+
+@given(
+    out_channels=st.integers(1, 70), channels=st.integers(1, 9), kernel=PAIRS,
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_compressing_rounds_to_24_bits(
+    out_channels: int, channels: int, kernel: tuple[int, int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_channels, channels, *kernel, generator=generator)
+    weight *= 10.0 ** torch.randint(-12, 12, (out_channels, 1, 1, 1), generator=generator)
+    weight[0] = 0
+    taps = math.prod(kernel)
+    packed = pack_weight(weight)
+    words = compress(packed, out_channels, channels, taps)
+    assert words.shape == (compressed_sizes(out_channels, packed.numel())[1],)
+    expanded = expand(words, out_channels, channels, taps)
+    again = unpack_weight(expanded, out_channels, channels, 1, kernel).double()
+    largest = weight.double().abs().amax((1, 2, 3), keepdim=True)
+    step = 2.0 ** (largest.log2().floor() - 22)
+    # Half a step; a whole one for what would round to 2^23 of them.
+    assert ((again - weight).abs() <= torch.where(weight.abs() == largest, step, step / 2)).all()
+    twice = compress(expanded, out_channels, channels, taps)
+    assert torch.equal(expand(twice, out_channels, channels, taps), expanded)
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_compressed_weights_round_about_as_much_as_float32(
+    twin: ModuleType, winograd: bool
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 200, 3, 3), torch.randn(1, 200, 20, 20)
+    weight *= torch.rand(48, 1, 1, 1) * torch.rand(48, 200, 1, 1) ** 4  # a few large ones
+    exact = F.conv2d(x.double(), weight.double(), padding=1).permute(0, 2, 3, 1)
+    rows, errors = x.permute(0, 2, 3, 1).contiguous(), []
+    for compressed in (False, True):
+        layer = kernels.PerforatedConvolution(
+            weight, None, window=TINY, winograd=winograd, compressed=compressed
+        )
+        assert (layer.weights.dtype is torch.int32) == compressed
+        y = torch.empty(1, 20, 20, 48)
+        with_module(twin, functools.partial(layer, y, rows))
+        off = (y - exact).flatten(0, 2).norm(dim=0) / exact.flatten(0, 2).norm(dim=0)
+        errors.append(float(off.max()))
+    assert errors[1] < 3 * errors[0] < 3e-6
+
+
+def test_compressed_weights_take_three_quarters() -> None:
+    plain, layer = (
+        kernels.PerforatedConvolution(torch.randn(64, 32, 3, 3), None, window=TINY, compressed=on)
+        for on in (False, True)
+    )
+    assert layer.weights.nbytes < 0.76 * plain.weights.nbytes
+    weights = layer.weights
+    layer.replace_weight(torch.ones(64, 32, 3, 3))
+    assert layer.weights is weights
+    y = layer(torch.empty(1, 4, 4, 64), torch.ones(1, 4, 4, 32))
+    assert y[0, 1, 1, 0] == 9 * 32
+    kernels.lay_together([plain, layer])
+    assert (plain.weights.dtype, layer.weights.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(layer(torch.empty(1, 4, 4, 64), torch.ones(1, 4, 4, 32)), y)
+
+
+def test_only_one_group_may_be_compressed() -> None:
+    with pytest.raises(PagError, match="compressed=True with groups=2: expected one group"):
+        kernels.PerforatedConvolution(
+            torch.randn(4, 2, 3, 3), None, window=TINY, groups=2, compressed=True
+        )
+    a = Case(channels=(6,), out_channels=6, groups=2).arguments()
+    size = compressed_sizes(6, a.weights.numel())[1]
+    with pytest.raises(PagError, match="compressed weights with groups=2"):
+        operators.check_convolution(a._replace(weights=torch.zeros(size, dtype=torch.int32)))
+
+
+def test_large_finite_weights_are_compressed() -> None:
+    large = torch.ones(256, 512, 1, 1)
+    large[7] = 0
+    with kernels.using("auto"):
+        assert kernels.prefers_compressed(large, 1) == (_has_library() and native.expands())
+    assert not kernels.prefers_compressed(large[:255], 1)
+    assert not kernels.prefers_compressed(large, 2)
+    assert not kernels.prefers_compressed(torch.full((256, 512, 1, 1), torch.inf), 1)
+    with kernels.using("reference"):
+        assert not kernels.prefers_compressed(large, 1)
+    large[3, 3] = 1000.0  # the others would lose most of their bits
+    assert not kernels.prefers_compressed(large, 1)
 
 
 def test_transforming_keeps_every_weight() -> None:

@@ -22,6 +22,7 @@ from pag_retrofit.kernels.perforated import (
     max_pool,
     needed_inputs,
     pool_at_once,
+    prefers_compressed,
     prefers_winograd,
     resize,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "max_pool",
     "needed_inputs",
     "pool_at_once",
+    "prefers_compressed",
     "prefers_winograd",
     "record_on",
     "recording",

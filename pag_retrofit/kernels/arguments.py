@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.kernels.packing import TRANSFORMED_PARTS, packed_size
+from pag_retrofit.kernels.packing import TRANSFORMED_PARTS, compressed_sizes, packed_size
 
 ACTIVATIONS = (
     "none",
@@ -40,7 +40,7 @@ class ConvolutionArguments(NamedTuple):
     Args:
         out: (B, h, w, C'), written at listed pixels only.
         sources: 1 to 4 maps whose channels, one after the other, are the input.
-        weights: Packed by `pack_weight`.
+        weights: Packed by `pack_weight`; int32 if compressed by `compress`.
         bias: (C').
         pixels: int32, flat indices into (B, h, w), each at most once; None: every pixel.
         length: int32, one element: how many of `pixels` are valid; None: all.
@@ -80,6 +80,11 @@ class ConvolutionArguments(NamedTuple):
     residual_after: bool
     winograd: bool
     activate_if_all: bool = False
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the weights are whole numbers of 24 bits."""
+        return self.weights.dtype is torch.int32
 
     @property
     def residual_upsampling(self) -> int:
@@ -210,8 +215,7 @@ def check_convolution(a: ConvolutionArguments) -> None:
             f"winograd with window={tuple(a.window)} and groups={a.groups}: expected kernel 3x3, "
             "stride 1, one group"
         )
-    taps = TRANSFORMED_PARTS if a.winograd else a.window[0] * a.window[1]
-    check_vector("weights", a.weights, (packed_size(out_channels, channels, a.groups, taps),))
+    _check_weights(a, channels)
     check_vector("bias", a.bias, (out_channels,))
     check_vector("scale", a.scale, (batch, out_channels))
     check_vector("input_scale", a.input_scale, (batch, channels))
@@ -255,6 +259,21 @@ def check_sources(
                 f"of {batch} of size {tuple(size)}"
             )
     return channels
+
+
+def _check_weights(a: ConvolutionArguments, channels: int) -> None:
+    taps = TRANSFORMED_PARTS if a.winograd else a.window[0] * a.window[1]
+    size = packed_size(a.out.shape[3], channels, a.groups, taps)
+    if not a.compressed:
+        return check_vector("weights", a.weights, (size,))
+    size = compressed_sizes(a.out.shape[3], size)[1]
+    if a.weights.shape != (size,) or not a.weights.is_contiguous() or not a.weights.is_cpu:
+        raise PagError(
+            f"weights is int32 {tuple(a.weights.shape)} on {a.weights.device}: expected contiguous "
+            f"{(size,)} on the CPU, as compress returns it"
+        )
+    if a.groups > 1:
+        raise PagError(f"compressed weights with groups={a.groups}: expected one group")
 
 
 def _check_groups(a: ConvolutionArguments, channels: int) -> None:

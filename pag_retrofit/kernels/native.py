@@ -44,7 +44,7 @@ _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 # The structures of interface.h, packed by hand: ctypes takes longer to fill one than small layers
 # take to run.
 _LIST = "PPq"
-_CONVOLUTION = Struct("8i 8i 2i f 3i" + "Pq4i" * MAX_SOURCES + _LIST + "5P2qPq")
+_CONVOLUTION = Struct("8i 8i 2i f 4i" + "Pq4i" * MAX_SOURCES + _LIST + "6P2qPq")
 _ROWS = Struct("3i" + _LIST + "PqPq2Pf")
 _CHANGED = Struct("4i" + _LIST + "PqPif")
 _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "7Pf")
@@ -87,6 +87,7 @@ _STRUCTURES = {
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pag_argument_bytes": (c_int64, [c_int]),
     "pag_instruction_set": (c_char_p, []),
+    "pag_expands": (c_int, []),
     "pag_use_instruction_set": (c_int, [c_char_p]),
     "pag_use_openmp": (None, [c_void_p]),
     "pag_run": (c_int, [c_void_p, c_int64, c_int]),
@@ -159,6 +160,15 @@ def use_instruction_set(name: str) -> None:
         PagError: The name is unknown, or the processor has no such instructions.
     """
     _use(library(), name)
+
+
+def expands() -> bool:
+    """Whether the instruction set in use reads compressed weights as fast as others.
+
+    Raises:
+        PagError: There is no compiled library.
+    """
+    return bool(library().pag_expands())
 
 
 def _use(loaded: ctypes.CDLL, name: str) -> None:
@@ -240,14 +250,17 @@ def convolution(a: ConvolutionArguments) -> None:
         residual, residual_stride = _map(a.residual)
         residual_shift = a.residual_upsampling.bit_length() - 1
     dense = batch * out_height * out_width
+    steps = 0
+    if a.compressed:  # they are the last words
+        steps = a.weights.data_ptr() + 4 * (a.weights.numel() - out_channels)
     packed = _CONVOLUTION.pack(
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
-        a.winograd, a.activate_if_all,
+        a.winograd, a.activate_if_all, a.compressed,
         *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
-        a.weights.data_ptr(), _address(a.bias), _address(a.scale), _address(a.input_scale),
+        a.weights.data_ptr(), steps, _address(a.bias), _address(a.scale), _address(a.input_scale),
         residual, residual_stride, residual_shift, out, out_stride,
     )  # fmt: skip
     status = _call(_CONVOLVE, packed, a)

@@ -8,6 +8,10 @@ matrix (taps, channels rounded up to 16). Taps go row by row, input channels ins
 
 A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2
 output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
+
+A packed weight may be compressed (`compress`) to whole numbers of 24 bits, multiples of a step of
+each output channel: the power of two with which its largest weight just fits. Weights are off by at
+most 2^-23 of that one; adding up products in float32 loses as much.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ import torch
 from torch import Tensor
 
 WIDE, NARROW = 32, 16
+WEIGHT_BYTES = 3
+_MOST = 2**23 - 1  # of 24 bits, one of them the sign
+_BEHIND = 16  # bytes that may be read behind the last number
+_WORDS = 16  # of a cache line, at which the steps begin
 TRANSFORMED_SIDE = 4
 TRANSFORMED_PARTS = TRANSFORMED_SIDE**2
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -68,6 +76,55 @@ def unpack_weight(
     for part, columns in _parts(packed, out_channels, channels, groups, taps):
         rows[:, :, columns] = part
     return rows.reshape(*kernel, -1, out_channels).permute(3, 2, 0, 1)
+
+
+def compressed_sizes(out_channels: int, floats: int) -> tuple[int, int]:
+    """Words of a compressed weight: where its steps begin, and how many there are with them."""
+    begin = -(-(floats * WEIGHT_BYTES + _BEHIND) // (4 * _WORDS)) * _WORDS
+    return begin, begin + out_channels
+
+
+def compress(packed: Tensor, out_channels: int, channels: int, taps: int) -> Tensor:
+    """A packed weight of one group in three quarters of the memory.
+
+    Args:
+        packed: By `pack_weight`, finite.
+        out_channels: Of the convolution.
+        channels: Of its input.
+        taps: Of its kernel, or parts of a transformed one.
+
+    Returns:
+        int32, one axis: the numbers, three bytes each, and from a cache line on the steps, float32,
+        divided by 256.
+    """
+    begin, size = compressed_sizes(out_channels, packed.numel())
+    words = packed.new_zeros(size, dtype=torch.int32)
+    steps = words[begin:].view(torch.float32)
+    numbers = torch.zeros(packed.numel(), dtype=torch.int32)
+    parts = list(_parts(packed, out_channels, channels, 1, taps))
+    places = _parts(numbers, out_channels, channels, 1, taps)
+    for (part, columns), (place, _) in zip(parts, places, strict=True):
+        _, exponent = torch.frexp(part.abs().amax((0, 1)))
+        step = torch.ldexp(torch.ones(exponent.shape), exponent - 23)
+        place.copy_((part / step).round().clamp(-_MOST, _MOST))
+        steps[columns] = step / 256
+    stored = numbers.view(torch.uint8).view(-1, 4)[:, :WEIGHT_BYTES].reshape(-1)
+    words.view(torch.uint8)[: stored.numel()] = stored
+    return words
+
+
+def expand(words: Tensor, out_channels: int, channels: int, taps: int) -> Tensor:
+    """Undo `compress`, up to what it rounded."""
+    floats = packed_size(out_channels, channels, 1, taps)
+    begin, _ = compressed_sizes(out_channels, floats)
+    steps = words[begin:].view(torch.float32)
+    numbers = words.new_zeros(floats)
+    stored = words.view(torch.uint8)[: floats * WEIGHT_BYTES].view(-1, WEIGHT_BYTES)
+    numbers.view(torch.uint8).view(-1, 4)[:, 1:] = stored  # times 256, with its sign
+    packed = numbers.float()
+    for part, columns in _parts(packed, out_channels, channels, 1, taps):
+        part.mul_(steps[columns])
+    return packed
 
 
 def transformed(weight: Tensor) -> Tensor:

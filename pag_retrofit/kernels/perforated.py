@@ -17,12 +17,14 @@ from pag_retrofit.functional import Window
 from pag_retrofit.kernels import native
 from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
 from pag_retrofit.kernels.operators import backend, convolve, visible
-from pag_retrofit.kernels.packing import pack_weight, transformed
+from pag_retrofit.kernels.packing import NARROW, compress, pack_weight, transformed
 from pag_retrofit.kernels.tape import recording
 
 _OPS = torch.ops.pag_retrofit
 _PIXELS_FOR_WINOGRAD = 128
 _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
+_WEIGHTS_TO_COMPRESS = 1 << 17
+_MOST_TO_COMPRESS = 128.0  # times the middle one
 
 
 class PixelList(NamedTuple):
@@ -74,9 +76,13 @@ class PerforatedConvolution(nn.Module):
             stride 1, ungrouped. Default False.
         activate_if_all: Leave the activation out unless every pixel is listed: others will be
             interpolated between them first. Default False.
+        compressed: Hold the weights as whole numbers of 24 bits, which rounds them (to 2^-23 of the
+            largest of their output channel); worth it where so many have to be read from memory.
+            For one group. Default False.
 
     Raises:
         PagError: The activation is unknown, or the window is not one for Winograd's algorithm.
+        PagError: Compressed weights in several groups.
     """
 
     weights: Tensor
@@ -93,6 +99,7 @@ class PerforatedConvolution(nn.Module):
         slope: float = 0.01,
         winograd: bool = False,
         activate_if_all: bool = False,
+        compressed: bool = False,
     ):
         """Pack the weight."""
         super().__init__()
@@ -108,8 +115,10 @@ class PerforatedConvolution(nn.Module):
                 f"winograd=True with {window} and groups={groups}: expected kernel 3x3, stride 1, "
                 "one group"
             )
-        packed = pack_weight(transformed(weight) if winograd else weight, groups)
-        self.register_buffer("weights", packed)
+        if compressed and groups > 1:
+            raise PagError(f"compressed=True with groups={groups}: expected one group")
+        self.compressed = compressed
+        self.register_buffer("weights", self._packed(weight))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._flat_window = [number for pair in window[:4] for number in pair]
 
@@ -154,8 +163,14 @@ class PerforatedConvolution(nn.Module):
 
     def replace_weight(self, weight: Tensor) -> None:
         """Take another weight of the same shape, in the memory of the one before."""
-        packed = transformed(weight) if self.winograd else weight
-        self.weights.copy_(pack_weight(packed, self.groups))
+        self.weights.copy_(self._packed(weight))
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        weight = transformed(weight) if self.winograd else weight
+        packed = pack_weight(weight, self.groups)
+        if not self.compressed:
+            return packed
+        return compress(packed, self.out_channels, self.channels, weight.shape[2] * weight.shape[3])
 
     def new_output(self, source: Tensor, size: tuple[int, int]) -> Tensor:
         """An uninitialised map (B, h, w, out) for the batch of a source."""
@@ -165,7 +180,8 @@ class PerforatedConvolution(nn.Module):
         """Show what a convolution shows."""
         return (
             f"{self.channels}, {self.out_channels}, {self.window}, groups={self.groups}, "
-            f"activation={self.activation!r}, winograd={self.winograd}"
+            f"activation={self.activation!r}, winograd={self.winograd}, "
+            f"compressed={self.compressed}"
         )
 
 
@@ -201,6 +217,34 @@ def prefers_winograd(
     )
 
 
+def prefers_compressed(weight: Tensor, groups: int) -> bool:
+    """Whether a convolution is faster with compressed weights, by measurement.
+
+    Small ones may stay in the cache, and many processors cannot expand any as fast as they compute.
+    Of a channel whose largest weight is far above the others, those would lose too much.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        groups: Of the convolution.
+    """
+    return (
+        groups == 1
+        and weight.numel() >= _WEIGHTS_TO_COMPRESS
+        and weight.shape[0] >= NARROW
+        and backend() is native
+        and native.expands()
+        and bool(weight.isfinite().all())
+        and _is_even(weight)
+    )
+
+
+def _is_even(weight: Tensor) -> bool:
+    """Whether no weight is far above half of those of its output channel, zeros left aside."""
+    sizes = weight.detach().abs().flatten(1)
+    typical = sizes.where(sizes > 0, torch.nan).nanmedian(1).values
+    return not bool((sizes.amax(1) > _MOST_TO_COMPRESS * typical).any())
+
+
 def lay_together(layers: Sequence[PerforatedConvolution]) -> None:
     """Move the packed weights of layers into one piece of memory, in their order.
 
@@ -210,7 +254,7 @@ def lay_together(layers: Sequence[PerforatedConvolution]) -> None:
     sizes = [-(-layer.weights.numel() // line) * line for layer in layers]
     parts = backend().empty(sum(sizes)).split(sizes)
     for layer, part in zip(layers, parts, strict=True):
-        weights = part[: layer.weights.numel()].view(layer.weights.shape)
+        weights = part[: layer.weights.numel()].view(layer.weights.dtype)
         layer.weights = weights.copy_(layer.weights)
 
 

@@ -16,6 +16,7 @@ from pag_retrofit.functional import needed_inputs as soft_needed_inputs
 from pag_retrofit.kernels.arguments import ConvolutionArguments, Taps, bad_list
 from pag_retrofit.kernels.packing import (
     TRANSFORMED_SIDE,
+    expand,
     is_depthwise,
     unpack_weight,
     untransformed,
@@ -29,7 +30,10 @@ def convolution(a: ConvolutionArguments) -> None:
     batch, height, width, out_channels = a.out.shape
     channels = sum(source.shape[3] for source in a.sources)
     kernel = (TRANSFORMED_SIDE,) * 2 if a.winograd else (a.window[0], a.window[1])
-    weight = unpack_weight(a.weights, out_channels, channels, a.groups, kernel)
+    packed = a.weights
+    if a.compressed:
+        packed = expand(packed, out_channels, channels, kernel[0] * kernel[1])
+    weight = unpack_weight(packed, out_channels, channels, a.groups, kernel)
     if a.winograd:
         weight = untransformed(weight)
     listed = _listed(a.pixels, a.length, batch * height * width)

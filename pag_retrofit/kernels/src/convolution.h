@@ -75,6 +75,151 @@ PAG_INLINE void multiply_pixels(int pixels, const Input& input, const float* wei
   }
 }
 
+// --- compressed weights ------------------------------------------------------------------------
+//
+// Where few pixels are listed, time goes into reading weights: large ones are held as whole numbers of
+// 24 bits (packing.py). What multiplies the first tile expands them on the way, and keeps them as
+// floats if there are other tiles.
+
+constexpr int WEIGHT_BYTES = 3;
+constexpr int AHEAD = 3072;  // bytes that are asked for before; a page or more wins less
+
+// Four numbers at a time from three words. A number comes as its multiple by 256.
+PAG_INLINE void expand(const uint8_t* compressed, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 4, compressed += 4 * WEIGHT_BYTES) {
+    uint32_t words[WEIGHT_BYTES];
+    memcpy(words, compressed, sizeof words);
+    to[i] = (float)(int32_t)(words[0] << 8);
+    to[i + 1] = (float)(int32_t)((words[0] >> 24 << 8) | (words[1] << 16));
+    to[i + 2] = (float)(int32_t)((words[1] >> 16 << 8) | (words[2] << 24));
+    to[i + 3] = (float)(int32_t)(words[2] & 0xffffff00u);
+  }
+}
+
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+// Processors with AVX-512 but without the instruction that moves bytes anywhere are few, and old.
+#define PAG_MOVES_BYTES __attribute__((target("avx512bw,avx512vbmi")))
+constexpr int MOVED_TOGETHER = LANES;
+bool expands() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi"); }
+#else
+#define PAG_MOVES_BYTES
+constexpr int MOVED_TOGETHER = LANES / 2;
+bool expands() { return true; }
+#endif
+
+// Of which byte, among those that are moved together, each byte of a vector is made.
+struct Places {
+  alignas(64) uint8_t at[4 * LANES];
+};
+
+constexpr Places make_places() {
+  constexpr uint8_t NOWHERE = 0x80;
+  Places places = {};
+  for (int i = 0; i < 4 * LANES; i++) {
+    const int number = i / 4 % MOVED_TOGETHER, byte = i % 4 - 1;
+    places.at[i] = (uint8_t)(byte < 0 ? NOWHERE : WEIGHT_BYTES * number + byte);
+  }
+  return places;
+}
+
+constexpr Places PLACES = make_places();
+
+// LANES numbers; up to 16 bytes behind them are read.
+PAG_MOVES_BYTES PAG_INLINE Vector expand_vector(const uint8_t* from) {
+#if defined(__AVX512F__)
+  const __mmask64 somewhere = 0xeeeeeeeeeeeeeeee;
+  const __m512i bytes = _mm512_loadu_si512(from), places = _mm512_load_si512(PLACES.at);
+  return (Vector)_mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(somewhere, places, bytes));
+#else
+  const __m128i low = _mm_loadu_si128((const __m128i*)from);
+  const __m128i high = _mm_loadu_si128((const __m128i*)(from + MOVED_TOGETHER * WEIGHT_BYTES));
+  const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  const __m256i places = _mm256_load_si256((const __m256i*)PLACES.at);
+  return (Vector)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, places));
+#endif
+}
+
+template <int PIXELS, int WIDTH, bool KEEP>
+PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
+                                                          const uint8_t* compressed, float* kept,
+                                                          const Epilogue& e, int column,
+                                                          int columns) {
+  constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
+  Vector sums[PIXELS][COUNT] = {};
+  const float* const* rows = input.rows;
+  for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
+    const int64_t length = input.lengths[source];
+    if (++source == input.sources) source = 0;
+    const float* end[PIXELS];
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) end[i] = rows[i] + input.offset + length;
+    for (int64_t k = -length; k < 0; k++, compressed += WIDTH * WEIGHT_BYTES) {
+      Vector w[COUNT];
+      PAG_UNROLL
+      for (int j = 0; j < COUNT; j++) {
+        w[j] = expand_vector(compressed + j * LANES * WEIGHT_BYTES);
+        if (KEEP) store(kept + j * LANES, w[j]);
+      }
+      if (KEEP) kept += WIDTH;
+      PAG_UNROLL
+      for (int j = 0; j < COUNT * LANES; j += LINE)
+        __builtin_prefetch(compressed + AHEAD + j * (int)sizeof(float), 0, 3);
+      PAG_UNROLL
+      for (int i = 0; i < PIXELS; i++) {
+        Vector x = broadcast(end[i][k]);
+        PAG_UNROLL
+        for (int j = 0; j < COUNT; j++) sums[i][j] += x * w[j];
+      }
+    }
+  }
+  finish_tile<PIXELS, COUNT>(e, sums, column, columns);
+}
+
+template <int PIXELS, int WIDTH, bool KEEP>
+PAG_INLINE void expand_and_multiply_pixels(int pixels, const Input& input,
+                                           const uint8_t* compressed, float* kept,
+                                           const Epilogue& e, int column, int columns) {
+  if constexpr (PIXELS > 0) {
+    if (pixels == PIXELS)
+      expand_and_multiply_tile<PIXELS, WIDTH, KEEP>(input, compressed, kept, e, column, columns);
+    else
+      expand_and_multiply_pixels<PIXELS - 1, WIDTH, KEEP>(pixels, input, compressed, kept, e,
+                                                          column, columns);
+  }
+}
+
+template <int WIDTH>
+PAG_INLINE void expand_and_multiply_width(int pixels, const Input& input, const pag_block& block,
+                                          float* kept, const Epilogue& e) {
+  constexpr int STEP = VECTORS * LANES;
+  for (int at = 0; at < block.columns; at += STEP) {
+    const int columns = block.columns - at < STEP ? block.columns - at : STEP;
+    const uint8_t* compressed = block.compressed + at * WEIGHT_BYTES;
+    if (kept)
+      expand_and_multiply_pixels<TILE, WIDTH, true>(pixels, input, compressed, kept + at, e,
+                                                    block.column + at, columns);
+    else
+      expand_and_multiply_pixels<TILE, WIDTH, false>(pixels, input, compressed, nullptr, e,
+                                                     block.column + at, columns);
+  }
+}
+
+// `kept`: where the weights are wanted as floats, or null.
+PAG_INLINE void expand_and_multiply_block(int pixels, const Input& input, const pag_block& block,
+                                          float* kept, const Epilogue& e) {
+  if (block.width == 32)
+    expand_and_multiply_width<32>(pixels, input, block, kept, e);
+  else
+    expand_and_multiply_width<16>(pixels, input, block, kept, e);
+}
+#else
+bool expands() { return false; }
+
+PAG_INLINE void expand_and_multiply_block(int, const Input&, const pag_block&, float*,
+                                          const Epilogue&) {}
+#endif
+
 PAG_INLINE void multiply_block(int pixels, const Input& input, const pag_block& block,
                                const Epilogue& e) {
   constexpr int STEP = VECTORS * LANES;
@@ -103,8 +248,12 @@ PAG_INLINE pag_block block_at(const pag_plan& plan, int index) {
   block.column = bundle * plan.bundle_columns + at;
   block.columns = bundle_columns - at < 32 ? bundle_columns - at : 32;
   block.width = bundle_columns - at <= 16 ? 16 : 32;
-  block.weights = call.weights + bundle * depth * padded +
-                  (int64_t)plan.taps * block.channels * at;
+  const int64_t first = bundle * depth * padded + (int64_t)plan.taps * block.channels * at;
+  block.compressed = nullptr;
+  if (call.compressed)
+    block.compressed = (const uint8_t*)call.weights + first * WEIGHT_BYTES;
+  else
+    block.weights = (const float*)call.weights + first;
   return block;
 }
 
@@ -357,6 +506,7 @@ PAG_INLINE void gather_pixel(const pag_plan& plan, const pag_scratch& scratch, i
 
 PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
   e.bias = call.bias;
+  e.steps = call.compressed ? call.steps : nullptr;
   e.activation = call.activation;
   e.after = call.residual_after_activation;
   e.slope = call.slope;
@@ -426,7 +576,7 @@ PAG_OUTLINE void multiply_run(const pag_plan& plan, const float* const* rows, co
   if (e.bias) start = load_up_to(e.bias, call.out_channels);
   PAG_UNROLL
   for (int i = 0; i < PIXELS; i++) sums[i][0] = start;
-  const float* weights = call.weights;
+  const float* weights = (const float*)call.weights;
   for (int ky = 0; ky < call.kernel[0]; ky++, weights += (RUN_TAPS - 1) * tap)
     for (int s = 0; s < call.source_count; s++, rows += SEEN) {
       const int64_t length = call.sources[s].channels;
@@ -461,6 +611,7 @@ PAG_INLINE void multiply_runs(int pixels, const pag_plan& plan, const float* con
 PAG_INLINE bool takes_runs(const pag_plan& plan) {
   const pag_convolution& call = *plan.call;
   return RUNS && call.out_channels <= LANES && call.groups == 1 && !plan.gathered &&
+         !call.compressed &&
          call.kernel[1] == RUN_TAPS && call.stride[1] == 1 && call.dilation[1] == 1;
 }
 
@@ -547,7 +698,8 @@ PAG_INLINE void unpack_columns(const pag_plan& plan, float* to) {
   const pag_convolution& call = *plan.call;
   const int64_t depth = (int64_t)plan.taps * call.channels;
   for (int column = 0; column < call.out_channels; column++)
-    for (int64_t k = 0; k < depth; k++) *to++ = call.weights[k * PAG_NARROW + column];
+    for (int64_t k = 0; k < depth; k++)
+      *to++ = ((const float*)call.weights)[k * PAG_NARROW + column];
 }
 
 // Add the products of one vector of channels; `count` of them if WHOLE is false.
@@ -704,7 +856,7 @@ PAG_OUTLINE void depthwise_tile(const pag_plan& plan, Taps taps, const Epilogue&
   const int64_t padded = (call.channels + 15) / 16 * 16;
   const int channels = call.channels - channel < COUNT * LANES ? call.channels - channel
                                                                : COUNT * LANES;
-  const float* weights = call.weights + channel;
+  const float* weights = (const float*)call.weights + channel;
   Vector sums[PIXELS][COUNT];
   PAG_UNROLL
   for (int j = 0; j < COUNT; j++) {
@@ -835,7 +987,7 @@ PAG_INLINE void scale_run(const pag_plan& plan, const Pixel& first, int pixels, 
   PAG_UNROLL
   for (int j = 0; j < COUNT; j++) {
     const int at = channel + j * LANES, left = j < COUNT - 1 ? LANES : rest;
-    w[j] = load_up_to(call.weights + at, left);
+    w[j] = load_up_to((const float*)call.weights + at, left);
     b[j] = call.bias ? load_up_to(call.bias + at, left) : Vector{};
   }
   const float* line = row_of(source, first.image, first.y, 0) + channel;
@@ -879,14 +1031,15 @@ struct Multiplication {
   const pag_plan& plan;
   const pag_scratch& scratch;
   int32_t blocks;
+  bool keeps;  // more than one tile reads the weights
   int32_t lengths[PAG_MAX_SOURCES];
   int32_t joined_length, depth;
   const float* gathered[MAX_TILE];
   Epilogue epilogue;
 
   Multiplication(const pag_plan& plan, const pag_scratch& scratch, int32_t block_begin,
-                 int32_t block_end)
-      : plan(plan), scratch(scratch), blocks(block_end - block_begin) {
+                 int32_t block_end, int64_t tiles)
+      : plan(plan), scratch(scratch), blocks(block_end - block_begin), keeps(tiles > 1) {
     const pag_convolution& call = *plan.call;
     depth = plan.taps * call.channels;
     joined_length = call.kernel[1] * call.channels;
@@ -894,8 +1047,31 @@ struct Multiplication {
     for (int i = 0; i < plan.tile; i++) gathered[i] = scratch.panel + (int64_t)i * depth;
     for (int32_t index = 0; index < blocks; index++)
       scratch.blocks[index] = block_at(plan, block_begin + index);
+    if (call.compressed) find_expanded();
     if (plan.dot) unpack_columns(plan, scratch.columns);
     start_epilogue(call, epilogue);
+  }
+
+  // Where the expanded weights of each block are, or will be once the first tile was multiplied.
+  void find_expanded() {
+    float* to = scratch.expanded;
+    for (int32_t index = 0; index < blocks; index++) {
+      pag_block& block = scratch.blocks[index];
+      block.weights = to;
+      const int64_t count = (int64_t)depth * block.width;
+      if (!plan.expanding) {
+        expand(block.compressed, count, to);
+        block.compressed = nullptr;
+      }
+      if (!plan.expanding || keeps) to += count;
+    }
+  }
+
+  PAG_INLINE void multiply_with(pag_block& block, int pixels, const Input& input) {
+    if (!block.compressed) return multiply_block(pixels, input, block, epilogue);
+    expand_and_multiply_block(pixels, input, block, keeps ? const_cast<float*>(block.weights) : nullptr,
+                              epilogue);
+    if (keeps) block.compressed = nullptr;
   }
 
   // The tile of the pixels at [begin, end) of the list.
@@ -912,12 +1088,12 @@ struct Multiplication {
     }
     if (plan.dot) return dot(call.out_channels, rows.pixels, input, scratch.columns, depth, epilogue);
     for (int32_t index = 0; index < blocks; index++) {
-      const pag_block& block = scratch.blocks[index];
+      pag_block& block = scratch.blocks[index];
       if (call.groups > 1) {
         input.offset = block.channel;
         input.lengths = &block.channels;
       }
-      multiply_block(rows.pixels, input, block, epilogue);
+      multiply_with(block, rows.pixels, input);
     }
   }
 
@@ -961,7 +1137,7 @@ PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, 
                        at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
     return;
   }
-  Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end);
+  Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end, tile_end - tile_begin);
   if (plan.dot && plan.plain_dot) {
     constexpr int MANY_CHANNELS = 128;
     const int64_t begin = tile_start(plan, tile_begin), end = tile_start(plan, tile_end);

@@ -16,6 +16,7 @@ struct Epilogue {
   const float* residual[MAX_TILE];  // all null, or none
   const float* scale[MAX_TILE];     // all null, or none
   const float* bias;                // or null
+  const float* steps;               // of compressed weights, or null
   int activation;
   int after;  // residual added after the activation
   float slope;
@@ -63,12 +64,12 @@ PAG_INLINE void for_each_sum(Vector (&sums)[PIXELS][VECTORS], int columns, Funct
   }
 }
 
-// Start a tile of accumulators at the bias.
+// Start a tile of accumulators at the bias; that of compressed weights is added at the end.
 template <int PIXELS, int VECTORS>
 PAG_INLINE void start_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
                            int columns) {
   Vector start[VECTORS] = {};
-  if (e.bias)
+  if (e.bias && !e.steps)
     PAG_UNROLL
     for (int j = 0; j < VECTORS; j++) {
       const int count = columns - j * LANES;
@@ -80,10 +81,26 @@ PAG_INLINE void start_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], i
     for (int j = 0; j < VECTORS; j++) sums[i][j] = start[j];
 }
 
+// Sums of multiples of the steps as what they stand for, and the bias.
+template <int PIXELS, int VECTORS>
+PAG_INLINE void take_steps(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
+                           int columns) {
+  PAG_UNROLL
+  for (int j = 0; j < VECTORS; j++) {
+    const int count = columns - j * LANES, at = column + j * LANES;
+    if (count <= 0) continue;
+    const Vector step = load_up_to(e.steps + at, count);
+    const Vector bias = e.bias ? load_up_to(e.bias + at, count) : Vector{};
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) sums[i][j] = sums[i][j] * step + bias;
+  }
+}
+
 // Finish a tile of accumulators held in registers.
 template <int PIXELS, int VECTORS>
 PAG_INLINE void finish_tile(const Epilogue& e, Vector (&sums)[PIXELS][VECTORS], int column,
                             int columns) {
+  if (e.steps) take_steps(e, sums, column, columns);
   if (!e.plain) {
     alignas(64) float buffer[PIXELS * VECTORS * LANES];
     PAG_UNROLL

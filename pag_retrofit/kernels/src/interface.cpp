@@ -117,7 +117,8 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
 bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.blocks_bytes +
-                                     plan.zeros_bytes + plan.panel_bytes + plan.columns_bytes);
+                                     plan.zeros_bytes + plan.panel_bytes + plan.columns_bytes +
+                                     plan.expanded_bytes);
   if (!at) return false;
   scratch.rows = reinterpret_cast<const float**>(at);
   scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
@@ -125,6 +126,7 @@ bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   scratch.zeros = reinterpret_cast<float*>(at += plan.blocks_bytes);
   scratch.panel = reinterpret_cast<float*>(at += plan.zeros_bytes);
   scratch.columns = reinterpret_cast<float*>(at += plan.panel_bytes);
+  scratch.expanded = reinterpret_cast<float*>(at += plan.columns_bytes);
   memset(scratch.zeros, 0, plan.zeros_bytes);
   const pag_convolution& call = *plan.call;
   int64_t* offset = scratch.offsets;
@@ -194,6 +196,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.per_width = 1.0 / call.out_width;
   plan.per_height = 1.0 / call.out_height;
   plan.tiles = (plan.pixels + plan.tile - 1) / plan.tile;
+  plan.expanding = call.compressed && table.expands();
   int64_t widest = 0;
   for (int s = 0; s < call.source_count; s++)
     widest = std::max<int64_t>(widest, call.sources[s].channels);
@@ -210,10 +213,10 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   // of output channels take the channels times the width of a block.
   const int few = plan.plain_dot ? std::clamp<int>(call.channels / 16, FEW_OUT_CHANNELS, MOST_DOTS)
                                  : FEW_OUT_CHANNELS;
-  plan.dot = call.groups == 1 && !call.winograd && call.out_channels <= few &&
+  plan.dot = call.groups == 1 && !call.winograd && !call.compressed && call.out_channels <= few &&
              call.channels >= LEAST_CHANNELS && pixels >= LEAST_PIXELS;
   plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
-              !plan.gathered && !plan.dot && call.channels <= THIN_CHANNELS &&
+              !plan.gathered && !plan.dot && !call.compressed && call.channels <= THIN_CHANNELS &&
               is_ascending(call.list, pixels);
   if (plan.dot)
     plan.columns_bytes =
@@ -282,6 +285,7 @@ pag_tiling make_tiling(const pag_plan& plan, int tile) {
   tiling.products_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.product_part);
   tiling.row_bytes = whole_lines(sizeof(float) * std::max(call.channels, call.out_channels));
   tiling.tiles_bytes = whole_lines(sizeof(int32_t) * (PAG_PARTS * tiling.group + 1));
+  if (call.compressed) tiling.expanded_bytes = sizeof(float) * 32 * call.channels;
   return tiling;
 }
 
@@ -326,13 +330,15 @@ void mark_tiles(const pag_plan& plan, const pag_tiling& tiling, const Axis& rows
 
 bool take_tile_scratch(const pag_tiling& tiling, pag_tile_scratch& scratch) {
   char* at = thread_scratch.at_least(tiling.patches_bytes + tiling.products_bytes +
-                                     2 * tiling.row_bytes + tiling.tiles_bytes);
+                                     2 * tiling.row_bytes + tiling.tiles_bytes +
+                                     tiling.expanded_bytes);
   if (!at) return false;
   scratch.patches = reinterpret_cast<float*>(at);
   scratch.products = reinterpret_cast<float*>(at += tiling.patches_bytes);
   scratch.zeros = reinterpret_cast<float*>(at += tiling.products_bytes);
   scratch.nowhere = reinterpret_cast<float*>(at += tiling.row_bytes);
-  scratch.tiles = reinterpret_cast<int32_t*>(at += tiling.row_bytes);
+  scratch.expanded = reinterpret_cast<float*>(at += tiling.row_bytes);
+  scratch.tiles = reinterpret_cast<int32_t*>(at += tiling.expanded_bytes);
   memset(scratch.products, 0, tiling.products_bytes + tiling.row_bytes);
   return true;
 }
@@ -392,7 +398,7 @@ int convolve(const pag_convolution* given, int threads) {
     linear.activation = PAG_NONE;
     call = &linear;
   }
-  const pag_plan plan = make_plan(*call, pixels, table);
+  pag_plan plan = make_plan(*call, pixels, table);
   if (call->winograd) return convolve_tiles(plan, threads);
   const int64_t weights =
       (int64_t)plan.taps * call->out_channels * call->channels / call->groups;
@@ -400,6 +406,8 @@ int convolve(const pag_convolution* given, int threads) {
   threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
   const int32_t together = blocks_together(plan, threads);
   const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
+  if (call->compressed)
+    plan.expanded_bytes = sizeof(float) * together * 32 * plan.taps * call->channels;
   const int64_t chunks =
       threads == 1 ? 1 : std::min<int64_t>(plan.tiles, (int64_t)threads * UNITS_PER_THREAD);
   std::atomic<bool> failed{false};
@@ -857,6 +865,8 @@ int64_t pag_argument_bytes(int kind) {
 #undef PAG_BYTES
   return 0;
 }
+
+int pag_expands(void) { return kernels().expands(); }
 
 const char* pag_instruction_set(void) { return kernels().name; }
 

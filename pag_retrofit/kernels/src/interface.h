@@ -42,9 +42,11 @@ struct pag_convolution {
   int32_t source_count;
   int32_t winograd;         // 3x3 windows at every pixel, transformed weights: winograd.h
   int32_t activate_if_all;  // leave the activation to others unless all pixels are listed
+  int32_t compressed;       // weights are 24-bit whole numbers: packing.py; one group only
   pag_source sources[PAG_MAX_SOURCES];
   pag_list list;
-  const float* weights;      // packed, see packing.py
+  const void* weights;       // packed floats, or compressed: see packing.py
+  const float* steps;        // (out_channels): what compressed weights are multiples of
   const float* bias;         // (out_channels) or null
   const float* scale;        // (batch, out_channels) or null
   const float* input_scale;  // (batch, channels) or null
@@ -204,6 +206,8 @@ struct pag_call {
 PAG_EXPORT int64_t pag_argument_bytes(int kind);
 // Instruction sets, in rising order: "portable", "avx2", "avx512".
 PAG_EXPORT const char* pag_instruction_set(void);
+// Whether the instruction set in use reads compressed weights as fast as floats.
+PAG_EXPORT int pag_expands(void);
 // Use the named set; returns 0 (and changes nothing) where it is unknown or the processor lacks it.
 PAG_EXPORT int pag_use_instruction_set(const char* name);
 // Run loops on an OpenMP runtime that is already loaded: the address of its GOMP_parallel.

@@ -8,6 +8,7 @@ struct pag_block {
   int32_t channel, channels;        // of the input, of each tap
   int32_t column, columns, width;   // of the output; the width in the packed weights
   const float* weights;             // (taps * channels, width)
+  const uint8_t* compressed;        // the same, to be expanded to where `weights` is; or null
 };
 
 struct pag_plan {
@@ -26,8 +27,9 @@ struct pag_plan {
   bool plain_dot;  // one tap of one source: more than few output channels may be computed so
   bool dot;        // few output channels: vectors lie along the input channels
   bool thin;       // one tap of few channels, at ascending pixels: see strips
+  bool expanding;  // compressed weights are expanded as they are multiplied, not before
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
-  int64_t columns_bytes;
+  int64_t columns_bytes, expanded_bytes;
 };
 
 // Memory of one thread.
@@ -38,6 +40,7 @@ struct pag_scratch {
   float* zeros;         // what padding reads
   float* panel;         // (tile, taps * channels): gathered input
   float* columns;       // (out_channels, taps * channels): weights for dot products
+  float* expanded;      // (blocks, taps * channels, 32): weights that were compressed
 };
 
 // Tiles of a depthwise convolution that go through the channels together.
@@ -58,7 +61,7 @@ struct pag_tiling {
   int32_t repeating_channels;
   int64_t patch, patch_part;     // floats from a tile to the next, and from a part to the next
   int64_t product_part;
-  int64_t patches_bytes, products_bytes, row_bytes, tiles_bytes;  // of pag_tile_scratch
+  int64_t patches_bytes, products_bytes, row_bytes, tiles_bytes, expanded_bytes;  // of pag_tile_scratch
 };
 
 // Memory of one thread.
@@ -67,6 +70,7 @@ struct pag_tile_scratch {
   float* products;  // (parts, tiles of a group, output channels of a block), zero at first
   float* zeros;     // what padding and unlisted pixels read
   float* nowhere;   // what unlisted pixels write
+  float* expanded;  // (channels, 32): weights of a part that were compressed
   int32_t* tiles;   // (parts, tiles of a group): those of the group that need a part,
   int32_t needing[PAG_PARTS];  // and how many they are
 };
@@ -74,6 +78,7 @@ struct pag_tile_scratch {
 // The functions of one instruction set.
 struct pag_kernels {
   const char* name;
+  bool (*expands)();  // see pag_expands
   int32_t tile, depthwise_tile;
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);

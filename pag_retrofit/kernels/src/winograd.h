@@ -139,7 +139,17 @@ PAG_INLINE void multiply_patches(const pag_plan& plan, const pag_tiling& tiling,
     pag_block block = whole;
     block.column = 0;
     block.columns = block.width;
-    block.weights += ((int64_t)part * call.channels + left_out) * block.width;
+    const int64_t first = ((int64_t)part * call.channels + left_out) * block.width;
+    if (!block.compressed) {
+      block.weights += first;
+    } else {
+      block.compressed += first * WEIGHT_BYTES;
+      block.weights = scratch.expanded;
+      if (!plan.expanding) {
+        expand(block.compressed, (int64_t)length * block.width, scratch.expanded);
+        block.compressed = nullptr;
+      }
+    }
     const Input input = {rows, 1, 1, &length, left_out};
     const float* patches = scratch.patches + part * tiling.patch_part;
     float* products = scratch.products + part * tiling.product_part;
@@ -151,7 +161,12 @@ PAG_INLINE void multiply_patches(const pag_plan& plan, const pag_tiling& tiling,
         rows[i - from] = patches + needing[i] * tiling.patch;
         e.out[i - from] = products + needing[i] * PAG_PRODUCT;
       }
-      multiply_block(to - from, input, block, e);
+      if (!block.compressed) {
+        multiply_block(to - from, input, block, e);
+      } else {
+        expand_and_multiply_block(to - from, input, block, times > 1 ? scratch.expanded : nullptr, e);
+        block.compressed = nullptr;
+      }
     }
   }
 }
@@ -194,7 +209,7 @@ PAG_OUTLINE void finish_patches(const pag_plan& plan, const pag_tiling& tiling,
         lower[i] = b - c - d;
       }
       Vector bias = {};
-      if (call.bias) bias = load_up_to(call.bias + block.column + j, columns);
+      if (call.bias && !call.compressed) bias = load_up_to(call.bias + block.column + j, columns);
       sums[0][0] = upper[0] + upper[1] + upper[2] + bias;
       sums[1][0] = upper[1] - upper[2] - upper[3] + bias;
       sums[2][0] = lower[0] + lower[1] + lower[2] + bias;
