@@ -5,8 +5,8 @@
 
 All variants of a shape run in one interleaved loop, so that a busy machine slows them alike. Dense
 is the faster of contiguous and channels_last. The kernels compute as deployed networks do, by
-Winograd's algorithm where that is faster. Efficiency is (dense time / sparse time) * density: 1
-where time falls exactly as the number of pixels.
+Winograd's algorithm where that is faster, and with large weights compressed. Efficiency is (dense
+time / sparse time) * density: 1 where time falls exactly as the number of pixels.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def variants(shape: Shape) -> tuple[dict[str, Callable[[], object]], int]:
     layer = kernels.PerforatedConvolution(
         weight, bias, window=window, groups=shape.groups,
         winograd=kernels.prefers_winograd(weight, window, shape.groups, pixels),
+        compressed=kernels.prefers_compressed(weight, shape.groups),
     )  # fmt: skip
     out = torch.empty_like(dense.permute(0, 2, 3, 1))
     size = (dense.shape[2], dense.shape[3])

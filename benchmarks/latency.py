@@ -3,10 +3,11 @@
     python benchmarks/latency.py                     # all that is not in the results yet
     python benchmarks/latency.py --only Unet --redo
     python benchmarks/latency.py --trained runs/camvid_mobilenetv2   # also with trained gates
+    python benchmarks/latency.py --results benchmarks/results/latency_xeon.json   # another machine
 
 Each network is timed in a process of its own, by `pag-retrofit benchmark latency`. Writes
-benchmarks/results/latency.json after each, and docs/images/latency.png at the end. Leave the
-machine alone meanwhile.
+benchmarks/results/latency.json after each, and draws docs/images/latency.png of that at the end.
+Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -130,22 +131,24 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--redo", action="store_true", help="also what is in the results")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of another machine")
     parser.add_argument("--trained", type=Path, help="output folder of a recipe's run")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"runs": {}}
-    if RESULTS.is_file():
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if arguments.results.is_file():
+        results = json.loads(arguments.results.read_text(encoding="utf-8"))
     for case in CASES:
         if arguments.only not in case.name or (case.name in results["runs"] and not arguments.redo):
             continue
         print(case.name, flush=True)
         results["runs"][case.name] = measure_case(case, arguments.rounds)
         results["environment"] = environment()
-        write_json(RESULTS, results)
+        write_json(arguments.results, results)
     if arguments.trained:
         results["trained"] = measure_trained(arguments.trained, arguments.rounds)
-        write_json(RESULTS, results)
-    draw(results)
+        write_json(arguments.results, results)
+    if arguments.results == RESULTS:
+        draw(results)
 
 
 if __name__ == "__main__":

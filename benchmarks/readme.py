@@ -94,10 +94,10 @@ def class_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def latency_table(results: dict[str, Any], short: bool = False) -> str:
+def latency_table(results: dict[str, Any], name: str, short: bool = False) -> str:
     """Per network: the fastest dense runtime, and the deployed network at each density.
 
-    The short one has each network once.
+    `name` is that of the file; the short one has each network once.
     """
     facts = results["environment"]
     densities = ("1", "0.7", "0.5", "0.3", "0.1")
@@ -123,8 +123,8 @@ def latency_table(results: dict[str, Any], short: bool = False) -> str:
             v = by_name[f"deployed blobs {density}"]
             cells.append(f"{_milliseconds(v)} ({v['speed_up']:.2f}x, {v['fraction']:.2f})")
         size = _size(run["input"])
-        name = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}"
-        lines.append(f"| {name} | {_milliseconds(best)} {best['name']} | {' | '.join(cells)} |")
+        network = f"{run['model'].partition(':')[2]}, {size}, {run['threads']}"
+        lines.append(f"| {network} | {_milliseconds(best)} {best['name']} | {' | '.join(cells)} |")
     packages = ", ".join(
         f"{k} {facts['packages'][k]}" for k in ("torch",) if k in facts["packages"]
     )
@@ -132,7 +132,7 @@ def latency_table(results: dict[str, Any], short: bool = False) -> str:
         "",
         f"Medians of an interleaved run on {facts.get('cpu') or facts.get('processor', 'one CPU')}"
         f" ({packages}); spread, all runtimes and efficiency stand in "
-        "`benchmarks/results/latency.json`. `make latency` repeats it; [more](docs/deployment.md).",
+        f"`benchmarks/results/{name}.json`. `make latency` repeats it; [more](docs/deployment.md).",
     ]
     return "\n".join(lines)
 
@@ -474,6 +474,36 @@ def kernels_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compression_table(results: dict[str, Any]) -> str:
+    """Per network and instruction set: time with compressed weights, and errors both ways."""
+    networks = next(iter(results["runs"].values()))
+    densities = list(networks[0]["densities"])
+    lines = [
+        f"| network | instructions | {' | '.join(densities)} | error | in float32 |",
+        "|---|---|" + "---:|" * (len(densities) + 2),
+    ]
+    for name, runs in results["runs"].items():
+        for run in runs:
+            rows = run["densities"].values()
+            cells = [f"{row['compressed']:.1f} ({_change(row)})" for row in rows]
+            errors = [max(row[f"{way}_error"] for row in rows) for way in ("compressed", "float32")]
+            cells += [f"{error:.1e}" for error in errors]
+            network = f"{run['model'].partition(':')[2]}, {_size(run['input'])}"
+            lines.append(f"| {network} | {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Milliseconds with compressed weights at each share of open pixels, and how that differs "
+        "from all weights in float32, side by side; the largest error, relative to the largest "
+        f"output, against float64. {results['environment']['cpu']}, one thread "
+        "(`python benchmarks/compression.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def _change(row: dict[str, float]) -> str:
+    return f"{100 * (row['compressed'] / row['float32'] - 1):+.0f} %"
+
+
 def _milliseconds(variant: dict[str, Any]) -> str:
     time = variant["milliseconds"]
     return f"{time:.0f}" if time >= 20 else f"{time:.1f}"
@@ -508,8 +538,8 @@ def matching_table(results: dict[str, Any]) -> str:
 
 def _blocks() -> dict[str, dict[str, str]]:
     """Page -> block -> its content."""
-    camvid, timed = _read("camvid_mobilenetv2"), _read("latency")
-    summary, times = summary_table(camvid), latency_table(timed)
+    camvid, timed, on_xeon = _read("camvid_mobilenetv2"), _read("latency"), _read("latency_xeon")
+    summary, more = summary_table(camvid), "; [more](docs/deployment.md)"
     picture = (
         "![Image, label, prediction and compute map of CamVid frames](docs/images/camvid_panel.png)"
     )
@@ -519,21 +549,26 @@ def _blocks() -> dict[str, dict[str, str]]:
             "camvid-picture": picture,
             "half-table": half_table(_read("tradeoff")),
             "coverage-table": coverage_page.summary(_read("coverage"), _read("coverage_deployed")),
-            "latency-table": latency_table(timed, short=True),
+            "latency-table": latency_table(timed, "latency", short=True),
         },
         "docs/camvid.md": {
             "camvid-table": summary.replace("; [more](docs/camvid.md)", ""),
             "camvid-classes": class_table(camvid),
         },
         "docs/deployment.md": {
-            "latency-table": times.replace("; [more](docs/deployment.md)", ""),
+            "latency-table": latency_table(timed, "latency").replace(more, ""),
             "efficiency-table": efficiency_table(timed),
+            "xeon-latency-table": latency_table(on_xeon, "latency_xeon").replace(more, ""),
+            "xeon-efficiency-table": efficiency_table(on_xeon),
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),
             "roofline-table": roofline_table(_read("roofline"), timed),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
-        "docs/kernels.md": {"kernels-table": kernels_table(_read("kernels"))},
+        "docs/kernels.md": {
+            "kernels-table": kernels_table(_read("kernels")),
+            "compression-table": compression_table(_read("compression")),
+        },
         "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
         "docs/ablations.md": {"ablation-table": ablation_table(_read("ablation"))},
         "docs/method.md": {"time-budget-table": time_budget_table(_read("time_budget"))},
