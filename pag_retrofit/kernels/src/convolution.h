@@ -1047,31 +1047,34 @@ struct Multiplication {
     for (int i = 0; i < plan.tile; i++) gathered[i] = scratch.panel + (int64_t)i * depth;
     for (int32_t index = 0; index < blocks; index++)
       scratch.blocks[index] = block_at(plan, block_begin + index);
-    if (call.compressed) find_expanded();
+    if (call.compressed) prepare_weights();
     if (plan.dot) unpack_columns(plan, scratch.columns);
     start_epilogue(call, epilogue);
   }
 
-  // Where the expanded weights of each block are, or will be once the first tile was multiplied.
-  void find_expanded() {
+  // Give each block its memory for expanded weights, and expand them unless the first tile does.
+  void prepare_weights() {
     float* to = scratch.expanded;
     for (int32_t index = 0; index < blocks; index++) {
       pag_block& block = scratch.blocks[index];
-      block.weights = to;
       const int64_t count = (int64_t)depth * block.width;
-      if (!plan.expanding) {
-        expand(block.compressed, count, to);
-        block.compressed = nullptr;
-      }
-      if (!plan.expanding || keeps) to += count;
+      block.expanded = to;
+      to += count;
+      if (plan.expanding) continue;
+      expand(block.compressed, count, block.expanded);
+      use_expanded(block);
     }
+  }
+
+  PAG_INLINE void use_expanded(pag_block& block) {
+    block.weights = block.expanded;
+    block.compressed = nullptr;
   }
 
   PAG_INLINE void multiply_with(pag_block& block, int pixels, const Input& input) {
     if (!block.compressed) return multiply_block(pixels, input, block, epilogue);
-    expand_and_multiply_block(pixels, input, block, keeps ? const_cast<float*>(block.weights) : nullptr,
-                              epilogue);
-    if (keeps) block.compressed = nullptr;
+    expand_and_multiply_block(pixels, input, block, keeps ? block.expanded : nullptr, epilogue);
+    if (keeps) use_expanded(block);
   }
 
   // The tile of the pixels at [begin, end) of the list.

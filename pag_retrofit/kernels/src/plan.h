@@ -8,7 +8,8 @@ struct pag_block {
   int32_t channel, channels;        // of the input, of each tap
   int32_t column, columns, width;   // of the output; the width in the packed weights
   const float* weights;             // (taps * channels, width)
-  const uint8_t* compressed;        // the same, to be expanded to where `weights` is; or null
+  const uint8_t* compressed;        // null, or the same, while they are not yet expanded
+  float* expanded;                  // memory for that
 };
 
 struct pag_plan {
