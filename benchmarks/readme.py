@@ -94,10 +94,10 @@ def class_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def latency_table(results: dict[str, Any], name: str, short: bool = False) -> str:
+def latency_table(results: dict[str, Any], source: str, short: bool = False) -> str:
     """Per network: the fastest dense runtime, and the deployed network at each density.
 
-    `name` is that of the file; the short one has each network once.
+    `source` says where the rest stands, and what repeats it; the short table has each network once.
     """
     facts = results["environment"]
     densities = ("1", "0.7", "0.5", "0.3", "0.1")
@@ -131,8 +131,7 @@ def latency_table(results: dict[str, Any], name: str, short: bool = False) -> st
     lines += [
         "",
         f"Medians of an interleaved run on {facts.get('cpu') or facts.get('processor', 'one CPU')}"
-        f" ({packages}); spread, all runtimes and efficiency stand in "
-        f"`benchmarks/results/{name}.json`. `make latency` repeats it; [more](docs/deployment.md).",
+        f" ({packages}); spread, all runtimes and efficiency stand in {source}",
     ]
     return "\n".join(lines)
 
@@ -539,7 +538,8 @@ def matching_table(results: dict[str, Any]) -> str:
 def _blocks() -> dict[str, dict[str, str]]:
     """Page -> block -> its content."""
     camvid, timed, on_xeon = _read("camvid_mobilenetv2"), _read("latency"), _read("latency_xeon")
-    summary, more = summary_table(camvid), "; [more](docs/deployment.md)"
+    summary = summary_table(camvid)
+    source = "`benchmarks/results/latency.json`. `make latency` repeats it"
     picture = (
         "![Image, label, prediction and compute map of CamVid frames](docs/images/camvid_panel.png)"
     )
@@ -549,16 +549,18 @@ def _blocks() -> dict[str, dict[str, str]]:
             "camvid-picture": picture,
             "half-table": half_table(_read("tradeoff")),
             "coverage-table": coverage_page.summary(_read("coverage"), _read("coverage_deployed")),
-            "latency-table": latency_table(timed, "latency", short=True),
+            "latency-table": latency_table(
+                timed, f"{source}; [more](docs/deployment.md).", short=True
+            ),
         },
         "docs/camvid.md": {
             "camvid-table": summary.replace("; [more](docs/camvid.md)", ""),
             "camvid-classes": class_table(camvid),
         },
         "docs/deployment.md": {
-            "latency-table": latency_table(timed, "latency").replace(more, ""),
+            "latency-table": latency_table(timed, f"{source}."),
             "efficiency-table": efficiency_table(timed),
-            "xeon-latency-table": latency_table(on_xeon, "latency_xeon").replace(more, ""),
+            "xeon-latency-table": latency_table(on_xeon, "`benchmarks/results/latency_xeon.json`."),
             "xeon-efficiency-table": efficiency_table(on_xeon),
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),

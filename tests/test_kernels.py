@@ -1172,16 +1172,18 @@ def test_compressing_rounds_to_24_bits(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_channels, channels, *kernel, generator=generator)
-    weight *= 10.0 ** torch.randint(-12, 12, (out_channels, 1, 1, 1), generator=generator)
+    weight *= 10.0 ** torch.randint(-44, 12, (out_channels, 1, 1, 1), generator=generator)
     weight[0] = 0
     taps = math.prod(kernel)
     packed = pack_weight(weight)
     words = compress(packed, out_channels, channels, taps)
-    assert words.shape == (compressed_sizes(out_channels, packed.numel())[1],)
+    begin, size = compressed_sizes(out_channels, packed.numel())
+    assert words.shape == (size,)
+    assert (words[begin:].view(torch.float32) >= torch.finfo(torch.float32).tiny).all()
     expanded = expand(words, out_channels, channels, taps)
     again = unpack_weight(expanded, out_channels, channels, 1, kernel).double()
     largest = weight.double().abs().amax((1, 2, 3), keepdim=True)
-    step = 2.0 ** (largest.log2().floor() - 22)
+    step = 2.0 ** (largest.log2().floor() - 22).clamp(min=-118)  # or no float
     # Half a step; a whole one for what would round to 2^23 of them.
     assert ((again - weight).abs() <= torch.where(weight.abs() == largest, step, step / 2)).all()
     twice = compress(expanded, out_channels, channels, taps)
@@ -1207,6 +1209,23 @@ def test_compressed_weights_round_about_as_much_as_float32(
         off = (y - exact).flatten(0, 2).norm(dim=0) / exact.flatten(0, 2).norm(dim=0)
         errors.append(float(off.max()))
     assert errors[1] < 3 * errors[0] < 3e-6
+
+
+@pytest.mark.parametrize("mask", ["all", "random", "single"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((64,), out_channels=16),  # floats: each input is loaded once for three taps
+        Case((64,), out_channels=3),  # floats: vectors along the input
+        Case((64,), out_channels=3, window=POINTWISE),
+        Case((32,), out_channels=48, window=POINTWISE),  # floats: one address for three pixels
+        Case((16, 9), upsampling=(2, 1), out_channels=40, winograd=True),  # parts are left out
+        Case((3,), out_channels=40),  # the input is copied together
+        Case((70,), out_channels=40, activation="gelu", residual="after", scale=True),
+    ],
+)
+def test_compressed_weights_in_every_way(twin: ModuleType, case: Case, mask: str) -> None:
+    check(replace(case, size=(12, 40), compressed=True, mask=mask), twin)
 
 
 def test_compressed_weights_take_three_quarters() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 WIDE, NARROW = 32, 16
 WEIGHT_BYTES = 3
 _MOST = 2**23 - 1  # of 24 bits, one of them the sign
+_LEAST = -95  # exponent, below which what is divided by 256 would lose bits: of weights of 1e-29
 _BEHIND = 16  # bytes that may be read behind the last number
 _WORDS = 16  # of a cache line, at which the steps begin
 TRANSFORMED_SIDE = 4
@@ -105,7 +106,7 @@ def compress(packed: Tensor, out_channels: int, channels: int, taps: int) -> Ten
     places = _parts(numbers, out_channels, channels, 1, taps)
     for (part, columns), (place, _) in zip(parts, places, strict=True):
         _, exponent = torch.frexp(part.abs().amax((0, 1)))
-        step = torch.ldexp(torch.ones(exponent.shape), exponent - 23)
+        step = torch.ldexp(torch.ones(exponent.shape), exponent.clamp(min=_LEAST) - 23)
         place.copy_((part / step).round().clamp(-_MOST, _MOST))
         steps[columns] = step / 256
     stored = numbers.view(torch.uint8).view(-1, 4)[:, :WEIGHT_BYTES].reshape(-1)
