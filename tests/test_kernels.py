@@ -1228,6 +1228,25 @@ def test_compressed_weights_in_every_way(twin: ModuleType, case: Case, mask: str
     check(replace(case, size=(12, 40), compressed=True, mask=mask), twin)
 
 
+@pytest.mark.parametrize("pixels", [1, 14, 15, 16, 17, 23, 28, 29, 42, 43, 57])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((70,), out_channels=40),
+        Case((20, 17), upsampling=(2, 1), out_channels=16, residual="before"),
+        Case((33,), out_channels=70, window=POINTWISE, activation="gelu", residual="in place"),
+        Case((24,), out_channels=33, input_scale=True, scale=True),
+        Case((3,), out_channels=20),
+    ],
+)
+def test_compressed_weights_at_any_number_of_pixels(
+    twin: ModuleType, case: Case, pixels: int
+) -> None:
+    for mask in ("all", "list"):
+        check(replace(case, size=(1, pixels), batch=1, compressed=True, mask=mask), twin)
+        check(replace(case, size=(pixels, 1), batch=2, compressed=True, mask=mask), twin)
+
+
 def test_compressed_weights_take_three_quarters() -> None:
     plain, layer = (
         kernels.PerforatedConvolution(torch.randn(64, 32, 3, 3), None, window=TINY, compressed=on)

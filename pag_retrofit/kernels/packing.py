@@ -11,7 +11,7 @@ output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
 
 A packed weight may be compressed (`compress`) to whole numbers of 24 bits, multiples of a step of
 each output channel: the power of two with which its largest weight just fits. Weights are off by at
-most 2^-23 of that one; adding up products in float32 loses as much.
+most 2^-23 of that one; adding up products in float32 loses as much. All blocks are 16 wide then.
 """
 
 from __future__ import annotations
@@ -72,10 +72,7 @@ def unpack_weight(
     packed: Tensor, out_channels: int, channels: int, groups: int, kernel: tuple[int, int]
 ) -> Tensor:
     """Undo `pack_weight`: the weight (out, in / groups, kh, kw)."""
-    taps = kernel[0] * kernel[1]
-    rows = packed.new_empty(taps, channels // groups, out_channels)
-    for part, columns in _parts(packed, out_channels, channels, groups, taps):
-        rows[:, :, columns] = part
+    rows = _rows(packed, out_channels, channels, groups, kernel[0] * kernel[1])
     return rows.reshape(*kernel, -1, out_channels).permute(3, 2, 0, 1)
 
 
@@ -101,10 +98,10 @@ def compress(packed: Tensor, out_channels: int, channels: int, taps: int) -> Ten
     begin, size = compressed_sizes(out_channels, packed.numel())
     words = packed.new_zeros(size, dtype=torch.int32)
     steps = words[begin:].view(torch.float32)
+    rows = _rows(packed, out_channels, channels, 1, taps)
     numbers = torch.zeros(packed.numel(), dtype=torch.int32)
-    parts = list(_parts(packed, out_channels, channels, 1, taps))
-    places = _parts(numbers, out_channels, channels, 1, taps)
-    for (part, columns), (place, _) in zip(parts, places, strict=True):
+    for place, columns in _parts(numbers, out_channels, channels, 1, taps, NARROW):
+        part = rows[:, :, columns]
         _, exponent = torch.frexp(part.abs().amax((0, 1)))
         step = torch.ldexp(torch.ones(exponent.shape), exponent.clamp(min=_LEAST) - 23)
         place.copy_((part / step).round().clamp(-_MOST, _MOST))
@@ -122,9 +119,10 @@ def expand(words: Tensor, out_channels: int, channels: int, taps: int) -> Tensor
     numbers = words.new_zeros(floats)
     stored = words.view(torch.uint8)[: floats * WEIGHT_BYTES].view(-1, WEIGHT_BYTES)
     numbers.view(torch.uint8).view(-1, 4)[:, 1:] = stored  # times 256, with its sign
-    packed = numbers.float()
+    rows = _rows(numbers, out_channels, channels, 1, taps, NARROW) * steps[:out_channels]
+    packed = rows.new_zeros(floats)
     for part, columns in _parts(packed, out_channels, channels, 1, taps):
-        part.mul_(steps[columns])
+        part.copy_(rows[:, :, columns])
     return packed
 
 
@@ -152,8 +150,18 @@ def _joined(own_columns: int, groups: int) -> int:
     return max(1, NARROW // own_columns) if groups > 1 else 1
 
 
+def _rows(
+    packed: Tensor, out_channels: int, channels: int, groups: int, taps: int, widest: int = WIDE
+) -> Tensor:
+    """A packed weight as (taps, in / groups, out)."""
+    rows = packed.new_empty(taps, channels // groups, out_channels)
+    for part, columns in _parts(packed, out_channels, channels, groups, taps, widest):
+        rows[:, :, columns] = part
+    return rows
+
+
 def _parts(
-    packed: Tensor, out_channels: int, channels: int, groups: int, taps: int
+    packed: Tensor, out_channels: int, channels: int, groups: int, taps: int, widest: int = WIDE
 ) -> Iterator[tuple[Tensor, slice]]:
     """Views (taps, in / groups, columns) of a packed weight, with the output channels they hold."""
     if is_depthwise(out_channels, channels, groups):
@@ -165,8 +173,8 @@ def _parts(
     for first in range(0, groups, joined):
         count = min(joined, groups - first)
         depth = count * own_channels
-        for at in range(0, count * own_columns, WIDE):
-            columns = min(WIDE, count * own_columns - at)
+        for at in range(0, count * own_columns, widest):
+            columns = min(widest, count * own_columns - at)
             width = _rounded(columns)
             block = packed[offset : offset + taps * depth * width].reshape(taps, depth, width)
             offset += block.numel()

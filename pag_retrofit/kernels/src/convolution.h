@@ -11,18 +11,18 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int TILE = 14, VECTORS = 2, DEPTHWISE_TILE = 7;
+constexpr int TILE = 14, VECTORS = 2, DEPTHWISE_TILE = 7, TALL_TILE = 28;
 #elif defined(__AVX2__)
-constexpr int TILE = 6, VECTORS = 2, DEPTHWISE_TILE = 3;
+constexpr int TILE = 6, VECTORS = 2, DEPTHWISE_TILE = 3, TALL_TILE = TILE;
 #elif defined(__aarch64__)
-constexpr int TILE = 6, VECTORS = 4, DEPTHWISE_TILE = 6;
+constexpr int TILE = 6, VECTORS = 4, DEPTHWISE_TILE = 6, TALL_TILE = TILE;
 #else
-constexpr int TILE = 3, VECTORS = 4, DEPTHWISE_TILE = 3;
+constexpr int TILE = 3, VECTORS = 4, DEPTHWISE_TILE = 3, TALL_TILE = TILE;
 #endif
 constexpr int DEPTHWISE_VECTORS = 4;
 constexpr int LINE = 16;      // floats of a cache line
 constexpr int PREFETCH = 64;  // steps of the inner loop; a step takes about a dozen cycles
-static_assert(TILE <= MAX_TILE && VECTORS * LANES <= MAX_COLUMNS, "Epilogue is too small");
+static_assert(TALL_TILE <= MAX_TILE && VECTORS * LANES <= MAX_COLUMNS, "Epilogue is too small");
 
 struct Input {
   const float* const* rows;  // (segments, pixels)
@@ -79,14 +79,17 @@ PAG_INLINE void multiply_pixels(int pixels, const Input& input, const float* wei
 //
 // Where few pixels are listed, time goes into reading weights: large ones are held as whole numbers of
 // 24 bits (packing.py). What multiplies the first tile expands them on the way, and keeps them as
-// floats if there are other tiles.
+// floats if there are other tiles. A block of 32 columns lies there as two halves of 16: memory is read
+// faster in two places at once than in one.
 
 constexpr int WEIGHT_BYTES = 3;
+constexpr int HALF = PAG_NARROW;                  // columns
+constexpr int HALF_BYTES = HALF * WEIGHT_BYTES;  // of a row of one half
 constexpr int AHEAD = 3072;  // bytes that are asked for before; a page or more wins less
 
 // Four numbers at a time from three words. A number comes as its multiple by 256.
-PAG_INLINE void expand(const uint8_t* compressed, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 4, compressed += 4 * WEIGHT_BYTES) {
+PAG_INLINE void expand(const uint8_t* compressed, int count, float* to) {
+  for (int i = 0; i < count; i += 4, compressed += 4 * WEIGHT_BYTES) {
     uint32_t words[WEIGHT_BYTES];
     memcpy(words, compressed, sizeof words);
     to[i] = (float)(int32_t)(words[0] << 8);
@@ -94,6 +97,13 @@ PAG_INLINE void expand(const uint8_t* compressed, int64_t count, float* to) {
     to[i + 2] = (float)(int32_t)((words[1] >> 16 << 8) | (words[2] << 24));
     to[i + 3] = (float)(int32_t)(words[2] & 0xffffff00u);
   }
+}
+
+// `rows` rows of a block.
+PAG_INLINE void expand_block(const pag_block& block, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int at = 0; at < block.width; at += HALF, to += HALF)
+      expand(block.compressed + at / HALF * block.half + row * HALF_BYTES, HALF, to);
 }
 
 #if defined(__AVX2__)
@@ -142,11 +152,14 @@ PAG_MOVES_BYTES PAG_INLINE Vector expand_vector(const uint8_t* from) {
 
 template <int PIXELS, int WIDTH, bool KEEP>
 PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
-                                                          const uint8_t* compressed, float* kept,
-                                                          const Epilogue& e, int column,
-                                                          int columns) {
+                                                          const uint8_t* compressed, int64_t half,
+                                                          float* kept, const Epilogue& e,
+                                                          int column, int columns) {
   constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
   Vector sums[PIXELS][COUNT] = {};
+  // At the end of a half, what is needed next lies behind the other half.
+  const uint8_t *ahead = compressed + AHEAD, *const end_of_half = compressed + half;
+  if (half <= AHEAD) ahead += half;
   const float* const* rows = input.rows;
   for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
     const int64_t length = input.lengths[source];
@@ -154,17 +167,20 @@ PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
     const float* end[PIXELS];
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++) end[i] = rows[i] + input.offset + length;
-    for (int64_t k = -length; k < 0; k++, compressed += WIDTH * WEIGHT_BYTES) {
+    for (int64_t k = -length; k < 0; k++, compressed += HALF_BYTES) {
       Vector w[COUNT];
       PAG_UNROLL
       for (int j = 0; j < COUNT; j++) {
-        w[j] = expand_vector(compressed + j * LANES * WEIGHT_BYTES);
-        if (KEEP) store(kept + j * LANES, w[j]);
+        const int at = j * LANES;
+        w[j] = expand_vector(compressed + at / HALF * half + at % HALF * WEIGHT_BYTES);
+        if (KEEP) store(kept + at, w[j]);
       }
       if (KEEP) kept += WIDTH;
       PAG_UNROLL
-      for (int j = 0; j < COUNT * LANES; j += LINE)
-        __builtin_prefetch(compressed + AHEAD + j * (int)sizeof(float), 0, 3);
+      for (int at = 0; at < COUNT * LANES; at += HALF)
+        __builtin_prefetch(ahead + at / HALF * half, 0, 3);
+      ahead += HALF_BYTES;
+      if (ahead == end_of_half) ahead += half;
       PAG_UNROLL
       for (int i = 0; i < PIXELS; i++) {
         Vector x = broadcast(end[i][k]);
@@ -178,13 +194,14 @@ PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
 
 template <int PIXELS, int WIDTH, bool KEEP>
 PAG_INLINE void expand_and_multiply_pixels(int pixels, const Input& input,
-                                           const uint8_t* compressed, float* kept,
+                                           const uint8_t* compressed, int64_t half, float* kept,
                                            const Epilogue& e, int column, int columns) {
   if constexpr (PIXELS > 0) {
     if (pixels == PIXELS)
-      expand_and_multiply_tile<PIXELS, WIDTH, KEEP>(input, compressed, kept, e, column, columns);
+      expand_and_multiply_tile<PIXELS, WIDTH, KEEP>(input, compressed, half, kept, e, column,
+                                                    columns);
     else
-      expand_and_multiply_pixels<PIXELS - 1, WIDTH, KEEP>(pixels, input, compressed, kept, e,
+      expand_and_multiply_pixels<PIXELS - 1, WIDTH, KEEP>(pixels, input, compressed, half, kept, e,
                                                           column, columns);
   }
 }
@@ -195,13 +212,13 @@ PAG_INLINE void expand_and_multiply_width(int pixels, const Input& input, const 
   constexpr int STEP = VECTORS * LANES;
   for (int at = 0; at < block.columns; at += STEP) {
     const int columns = block.columns - at < STEP ? block.columns - at : STEP;
-    const uint8_t* compressed = block.compressed + at * WEIGHT_BYTES;
+    const uint8_t* compressed = block.compressed + at / HALF * block.half;
     if (kept)
-      expand_and_multiply_pixels<TILE, WIDTH, true>(pixels, input, compressed, kept + at, e,
-                                                    block.column + at, columns);
+      expand_and_multiply_pixels<TILE, WIDTH, true>(pixels, input, compressed, block.half,
+                                                    kept + at, e, block.column + at, columns);
     else
-      expand_and_multiply_pixels<TILE, WIDTH, false>(pixels, input, compressed, nullptr, e,
-                                                     block.column + at, columns);
+      expand_and_multiply_pixels<TILE, WIDTH, false>(pixels, input, compressed, block.half,
+                                                     nullptr, e, block.column + at, columns);
   }
 }
 
@@ -218,6 +235,115 @@ bool expands() { return false; }
 
 PAG_INLINE void expand_and_multiply_block(int, const Input&, const pag_block&, float*,
                                           const Epilogue&) {}
+#endif
+
+// --- tall tiles --------------------------------------------------------------------------------
+//
+// Where all pixels are few enough, one vector of output channels of all of them at once: compressed
+// weights are read and expanded just once, and that is spread evenly over the multiplications. Of tiles
+// as wide as others, the first one waits for the memory, which then waits for the other tiles.
+
+#if defined(__AVX512F__)
+struct Interleaving {
+  alignas(64) int32_t first[LANES], second[LANES];
+};
+
+constexpr Interleaving make_interleaving() {
+  Interleaving made = {};
+  for (int i = 0; i < LANES; i++) {
+    made.first[i] = i / 2 + i % 2 * LANES;
+    made.second[i] = made.first[i] + LANES / 2;
+  }
+  return made;
+}
+
+constexpr Interleaving INTERLEAVING = make_interleaving();
+
+// Interleaving each vector with that half of them behind turns the bits of all indices by one.
+PAG_INLINE void transpose(Vector (&v)[LANES]) {
+  Integers first, second;
+  memcpy(&first, INTERLEAVING.first, sizeof first);
+  memcpy(&second, INTERLEAVING.second, sizeof second);
+  PAG_UNROLL
+  for (int step = LANES; step > 1; step /= 2) {
+    Vector turned[LANES];
+    PAG_UNROLL
+    for (int i = 0; i < LANES / 2; i++) {
+      turned[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], first);
+      turned[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], second);
+    }
+    PAG_UNROLL
+    for (int i = 0; i < LANES; i++) v[i] = turned[i];
+  }
+}
+
+// Up to LANES rows as columns, the next number `step` floats on.
+PAG_INLINE void transpose_rows(const float* const* rows, int pixels, int64_t length, int64_t step,
+                               float* to) {
+  const float* at[LANES];
+  for (int i = 0; i < LANES; i++) at[i] = rows[i < pixels ? i : 0];
+  for (int64_t k = 0; k < length; k += LANES) {
+    const int count = length - k < LANES ? (int)(length - k) : LANES;
+    Vector v[LANES];
+    PAG_UNROLL
+    for (int i = 0; i < LANES; i++) v[i] = load_up_to(at[i] + k, count);
+    transpose(v);
+    for (int i = 0; i < count; i++, to += step) store_up_to(to, v[i], pixels);
+  }
+}
+
+// The input of one tile as (depth, pixels).
+PAG_OUTLINE void transpose_input(const Input& input, int pixels, float* to) {
+  const float* const* rows = input.rows;
+  for (int segment = 0, source = 0; segment < input.segments; segment++, rows += pixels) {
+    const int64_t length = input.lengths[source];
+    if (++source == input.sources) source = 0;
+    for (int first = 0; first < pixels; first += LANES)
+      transpose_rows(rows + first, pixels - first < LANES ? pixels - first : LANES, length, pixels,
+                     to + first);
+    to += length * pixels;
+  }
+}
+
+template <int PIXELS>
+PAG_OUTLINE PAG_MOVES_BYTES void multiply_tall_tile(const float* transposed, int64_t depth,
+                                                    const uint8_t* compressed, const Epilogue& e,
+                                                    int column, int columns) {
+  constexpr int STEPS_AHEAD = 16;
+  Vector sums[PIXELS][1] = {};
+  for (int64_t k = 0; k < depth; k++, transposed += PIXELS, compressed += HALF_BYTES) {
+    const Vector w = expand_vector(compressed);
+    __builtin_prefetch(compressed + AHEAD, 0, 3);
+    for (int i = 0; i < PIXELS; i += LINE)
+      __builtin_prefetch(transposed + STEPS_AHEAD * PIXELS + i, 0, 3);
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) sums[i][0] += broadcast(transposed[i]) * w;
+  }
+  finish_tile<PIXELS, 1>(e, sums, column, columns);
+}
+
+template <int PIXELS>
+PAG_INLINE void multiply_tall_pixels(int pixels, const float* transposed, int64_t depth,
+                                     const uint8_t* compressed, const Epilogue& e, int column,
+                                     int columns) {
+  if constexpr (PIXELS > TILE) {
+    if (pixels == PIXELS)
+      multiply_tall_tile<PIXELS>(transposed, depth, compressed, e, column, columns);
+    else
+      multiply_tall_pixels<PIXELS - 1>(pixels, transposed, depth, compressed, e, column, columns);
+  }
+}
+
+PAG_INLINE void multiply_tall(int pixels, const float* transposed, int64_t depth,
+                              const pag_block& block, const Epilogue& e) {
+  for (int at = 0; at < block.columns; at += HALF)
+    multiply_tall_pixels<TALL_TILE>(pixels, transposed, depth,
+                                    block.compressed + at / HALF * block.half, e, block.column + at,
+                                    block.columns - at < HALF ? block.columns - at : HALF);
+}
+#else
+PAG_INLINE void transpose_input(const Input&, int, float*) {}
+PAG_INLINE void multiply_tall(int, const float*, int64_t, const pag_block&, const Epilogue&) {}
 #endif
 
 PAG_INLINE void multiply_block(int pixels, const Input& input, const pag_block& block,
@@ -250,6 +376,7 @@ PAG_INLINE pag_block block_at(const pag_plan& plan, int index) {
   block.width = bundle_columns - at <= 16 ? 16 : 32;
   const int64_t first = bundle * depth * padded + (int64_t)plan.taps * block.channels * at;
   block.compressed = nullptr;
+  block.half = depth * HALF_BYTES;
   if (call.compressed)
     block.compressed = (const uint8_t*)call.weights + first * WEIGHT_BYTES;
   else
@@ -504,13 +631,13 @@ PAG_INLINE void gather_pixel(const pag_plan& plan, const pag_scratch& scratch, i
   }
 }
 
-PAG_INLINE void start_epilogue(const pag_convolution& call, Epilogue& e) {
+PAG_INLINE void start_epilogue(const pag_convolution& call, int pixels, Epilogue& e) {
   e.bias = call.bias;
   e.steps = call.compressed ? call.steps : nullptr;
   e.activation = call.activation;
   e.after = call.residual_after_activation;
   e.slope = call.slope;
-  for (int i = 0; i < MAX_TILE; i++) e.residual[i] = e.scale[i] = nullptr;
+  for (int i = 0; i < pixels; i++) e.residual[i] = e.scale[i] = nullptr;
   e.plain = !call.scale && !(call.residual && e.after) &&
             (e.activation == PAG_NONE || e.activation == PAG_RELU || e.activation == PAG_RELU6);
 }
@@ -930,7 +1057,7 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
   for (int t = 0; t < count; t++) {
     const int64_t begin = tile_start(plan, tile_begin + t);
     pixels[t] = (int)(tile_start(plan, tile_begin + t + 1) - begin);
-    start_epilogue(call, e[t]);
+    start_epilogue(call, pixels[t], e[t]);
     aim_epilogue<SMALL>(plan, begin, pixels[t], e[t]);
     Run run;
     if (plan.plain && find_run(plan, begin, pixels[t], run) && run.inside) {
@@ -1031,15 +1158,15 @@ struct Multiplication {
   const pag_plan& plan;
   const pag_scratch& scratch;
   int32_t blocks;
-  bool keeps;  // more than one tile reads the weights
+  bool keeps;  // compressed weights as floats: more than one tile reads them
   int32_t lengths[PAG_MAX_SOURCES];
   int32_t joined_length, depth;
   const float* gathered[MAX_TILE];
   Epilogue epilogue;
 
   Multiplication(const pag_plan& plan, const pag_scratch& scratch, int32_t block_begin,
-                 int32_t block_end, int64_t tiles)
-      : plan(plan), scratch(scratch), blocks(block_end - block_begin), keeps(tiles > 1) {
+                 int32_t block_end, int64_t pixels)
+      : plan(plan), scratch(scratch), blocks(block_end - block_begin), keeps(pixels > plan.tile) {
     const pag_convolution& call = *plan.call;
     depth = plan.taps * call.channels;
     joined_length = call.kernel[1] * call.channels;
@@ -1047,9 +1174,9 @@ struct Multiplication {
     for (int i = 0; i < plan.tile; i++) gathered[i] = scratch.panel + (int64_t)i * depth;
     for (int32_t index = 0; index < blocks; index++)
       scratch.blocks[index] = block_at(plan, block_begin + index);
-    if (call.compressed) prepare_weights();
+    if (plan.expanded_bytes) prepare_weights();
     if (plan.dot) unpack_columns(plan, scratch.columns);
-    start_epilogue(call, epilogue);
+    start_epilogue(call, plan.tile, epilogue);
   }
 
   // Give each block its memory for expanded weights, and expand them unless the first tile does.
@@ -1057,11 +1184,10 @@ struct Multiplication {
     float* to = scratch.expanded;
     for (int32_t index = 0; index < blocks; index++) {
       pag_block& block = scratch.blocks[index];
-      const int64_t count = (int64_t)depth * block.width;
       block.expanded = to;
-      to += count;
+      to += (int64_t)depth * block.width;
       if (plan.expanding) continue;
-      expand(block.compressed, count, block.expanded);
+      expand_block(block, depth, block.expanded);
       use_expanded(block);
     }
   }
@@ -1090,6 +1216,7 @@ struct Multiplication {
       input = {gathered, 1, 1, &depth, 0};
     }
     if (plan.dot) return dot(call.out_channels, rows.pixels, input, scratch.columns, depth, epilogue);
+    if (rows.pixels > TILE) return multiply_as_tall(rows.pixels, input);
     for (int32_t index = 0; index < blocks; index++) {
       pag_block& block = scratch.blocks[index];
       if (call.groups > 1) {
@@ -1098,6 +1225,12 @@ struct Multiplication {
       }
       multiply_with(block, rows.pixels, input);
     }
+  }
+
+  PAG_INLINE void multiply_as_tall(int pixels, const Input& input) {
+    transpose_input(input, pixels, scratch.transposed);
+    for (int32_t index = 0; index < blocks; index++)
+      multiply_tall(pixels, scratch.transposed, depth, scratch.blocks[index], epilogue);
   }
 
   // The same where few output channels are computed side by side; false: the pixels are not.
@@ -1140,10 +1273,10 @@ PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, 
                        at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
     return;
   }
-  Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end, tile_end - tile_begin);
+  const int64_t begin = tile_start(plan, tile_begin), end = tile_start(plan, tile_end);
+  Multiplication<SMALL> tiles(plan, scratch, block_begin, block_end, end - begin);
   if (plan.dot && plan.plain_dot) {
     constexpr int MANY_CHANNELS = 128;
-    const int64_t begin = tile_start(plan, tile_begin), end = tile_start(plan, tile_end);
     if (plan.call->channels < MANY_CHANNELS || plan.call->out_channels == 1)
       return dot_pointwise<1>(plan, scratch.columns, begin, end);
     if (plan.call->out_channels == 2)
@@ -1151,15 +1284,17 @@ PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, 
     return dot_pointwise<4>(plan, scratch.columns, begin, end);
   }
   if (plan.thin) {
-    const int64_t end = tile_start(plan, tile_end);
-    for (int64_t at = tile_start(plan, tile_begin); at < end; at += TILE)
+    for (int64_t at = begin; at < end; at += TILE)
       if (!tiles.multiply_as_strip(at, end)) tiles.multiply(at, at + TILE < end ? at + TILE : end);
     return;
   }
   const bool runs = takes_runs(plan) && !plan.dot;
-  for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-    const int64_t begin = tile_start(plan, tile), end = tile_start(plan, tile + 1);
-    if (!runs || !tiles.multiply_as_run(begin, end)) tiles.multiply(begin, end);
+  int64_t times = tile_end - tile_begin;
+  if (times > 1 && plan.tile > TILE) times = (end - begin + TILE - 1) / TILE;
+  for (int64_t time = 0; time < times; time++) {
+    const int64_t from = begin + (end - begin) * time / times;
+    const int64_t to = begin + (end - begin) * (time + 1) / times;
+    if (!runs || !tiles.multiply_as_run(from, to)) tiles.multiply(from, to);
   }
 }
 

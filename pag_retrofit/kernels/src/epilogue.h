@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int MAX_TILE = 14;      // pixels
+constexpr int MAX_TILE = 28;      // pixels
 constexpr int MAX_COLUMNS = 64;   // output channels
 
 // The rows of one tile of pixels, and how its results are finished.

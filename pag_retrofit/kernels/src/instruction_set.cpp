@@ -9,6 +9,6 @@
 
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
-    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, DEPTHWISE_TILE, convolution, winograd, layer_norm, mean,
-    interpolate, decide, list_pixels, pool, activate, resize, moments, rescale,
+    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, DEPTHWISE_TILE, TALL_TILE, convolution, winograd,
+    layer_norm, mean, interpolate, decide, list_pixels, pool, activate, resize, moments, rescale,
 };

@@ -118,7 +118,7 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.blocks_bytes +
                                      plan.zeros_bytes + plan.panel_bytes + plan.columns_bytes +
-                                     plan.expanded_bytes);
+                                     plan.expanded_bytes + plan.transposed_bytes);
   if (!at) return false;
   scratch.rows = reinterpret_cast<const float**>(at);
   scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
@@ -127,6 +127,7 @@ bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   scratch.panel = reinterpret_cast<float*>(at += plan.zeros_bytes);
   scratch.columns = reinterpret_cast<float*>(at += plan.panel_bytes);
   scratch.expanded = reinterpret_cast<float*>(at += plan.columns_bytes);
+  scratch.transposed = reinterpret_cast<float*>(at += plan.expanded_bytes);
   memset(scratch.zeros, 0, plan.zeros_bytes);
   const pag_convolution& call = *plan.call;
   int64_t* offset = scratch.offsets;
@@ -191,12 +192,12 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
                 call.sources[0].stride == call.channels;
   plan.gathered =
       call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
-  plan.tile = plan.depthwise ? table.depthwise_tile : table.tile;
+  plan.expanding = call.compressed && table.expands();
+  plan.tile = plan.depthwise ? table.depthwise_tile : plan.expanding ? table.tall_tile : table.tile;
   plan.pixels = pixels;
   plan.per_width = 1.0 / call.out_width;
   plan.per_height = 1.0 / call.out_height;
   plan.tiles = (plan.pixels + plan.tile - 1) / plan.tile;
-  plan.expanding = call.compressed && table.expands();
   int64_t widest = 0;
   for (int s = 0; s < call.source_count; s++)
     widest = std::max<int64_t>(widest, call.sources[s].channels);
@@ -218,11 +219,16 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
               !plan.gathered && !plan.dot && !call.compressed && call.channels <= THIN_CHANNELS &&
               is_ascending(call.list, pixels);
+  if (plan.tile > table.tile)
+    plan.transposed_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
   if (plan.dot)
     plan.columns_bytes =
         whole_lines(sizeof(float) * plan.taps * call.channels * call.out_channels);
   return plan;
 }
+
+// Whether compressed weights are expanded for the only tile, and not kept.
+bool reads_once(const pag_plan& plan) { return plan.expanding && plan.tiles == 1; }
 
 int64_t weights_budget() {  // half the cache of a core, the other half is for the maps
   static const int64_t bytes = [] {
@@ -235,11 +241,13 @@ int64_t weights_budget() {  // half the cache of a core, the other half is for t
   return bytes;
 }
 
-// Blocks of output channels that are computed together, tile by tile: their weights stay cached.
+// Blocks of output channels that are computed together, tile by tile: their weights stay cached. Those
+// that a single tile reads need not.
 int32_t blocks_together(const pag_plan& plan, int threads) {
   if (plan.depthwise) return 1;
   const int64_t bytes = (int64_t)plan.taps * plan.bundle_channels * 32 * sizeof(float);
-  const int64_t fitting = std::clamp<int64_t>(weights_budget() / bytes, 1, plan.blocks);
+  int64_t fitting = std::clamp<int64_t>(weights_budget() / bytes, 1, plan.blocks);
+  if (reads_once(plan)) fitting = plan.blocks;
   const int64_t parts = (plan.blocks + fitting - 1) / fitting;
   int64_t together = (plan.blocks + parts - 1) / parts;
   if (plan.tiles < threads)  // too few pixels to go round: share the channels out
@@ -406,7 +414,7 @@ int convolve(const pag_convolution* given, int threads) {
   threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
   const int32_t together = blocks_together(plan, threads);
   const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
-  if (call->compressed)
+  if (call->compressed && !reads_once(plan))
     plan.expanded_bytes = sizeof(float) * together * 32 * plan.taps * call->channels;
   const int64_t chunks =
       threads == 1 ? 1 : std::min<int64_t>(plan.tiles, (int64_t)threads * UNITS_PER_THREAD);

@@ -9,6 +9,7 @@ struct pag_block {
   int32_t column, columns, width;   // of the output; the width in the packed weights
   const float* weights;             // (taps * channels, width)
   const uint8_t* compressed;        // null, or the same, while they are not yet expanded
+  int64_t half;                     // bytes from one half of its columns to the other
   float* expanded;                  // memory for that
 };
 
@@ -30,7 +31,7 @@ struct pag_plan {
   bool thin;       // one tap of few channels, at ascending pixels: see strips
   bool expanding;  // compressed weights are expanded as they are multiplied, not before
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
-  int64_t columns_bytes, expanded_bytes;
+  int64_t columns_bytes, expanded_bytes, transposed_bytes;
 };
 
 // Memory of one thread.
@@ -42,6 +43,7 @@ struct pag_scratch {
   float* panel;         // (tile, taps * channels): gathered input
   float* columns;       // (out_channels, taps * channels): weights for dot products
   float* expanded;      // (blocks, taps * channels, 32): weights that were compressed
+  float* transposed;    // (taps * channels, tile): input of a tall tile
 };
 
 // Tiles of a depthwise convolution that go through the channels together.
@@ -80,7 +82,7 @@ struct pag_tile_scratch {
 struct pag_kernels {
   const char* name;
   bool (*expands)();  // see pag_expands
-  int32_t tile, depthwise_tile;
+  int32_t tile, depthwise_tile, tall_tile;
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
   void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int32_t block_begin,

@@ -139,14 +139,14 @@ PAG_INLINE void multiply_patches(const pag_plan& plan, const pag_tiling& tiling,
     pag_block block = whole;
     block.column = 0;
     block.columns = block.width;
-    const int64_t first = ((int64_t)part * call.channels + left_out) * block.width;
+    const int64_t first = (int64_t)part * call.channels + left_out;  // row of the weights
     if (!block.compressed) {
-      block.weights += first;
+      block.weights += first * block.width;
     } else {
-      block.compressed += first * WEIGHT_BYTES;
+      block.compressed += first * HALF_BYTES;
       block.weights = scratch.expanded;
       if (!plan.expanding) {
-        expand(block.compressed, (int64_t)length * block.width, scratch.expanded);
+        expand_block(block, length, scratch.expanded);
         block.compressed = nullptr;
       }
     }
@@ -192,7 +192,7 @@ PAG_OUTLINE void finish_patches(const pag_plan& plan, const pag_tiling& tiling,
                                 int64_t begin, int count) {
   const pag_convolution& call = *plan.call;
   Epilogue e;
-  start_epilogue(call, e);
+  start_epilogue(call, CORNERS, e);
   for (int t = 0; t < count; t++) {
     aim_at_corners(call, scratch, patch_at(tiling, begin + t), e);
     for (int j = 0; j < block.columns; j += LANES) {
