@@ -155,7 +155,7 @@ channels = st.integers(1, 40)
     st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 17)), st.floats(0, 1),
     st.sampled_from(["random", "blobs", "rows"]), st.sampled_from([0, 0, 1]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 def test_convolutions_of_upsampled_maps(
     small: list[int], large: list[int], out: int, gates: bool,
     half: tuple[int, int, int], density: float, pattern: str, crop: int,
