@@ -83,7 +83,7 @@ PAG_INLINE void multiply_pixels(int pixels, const Input& input, const float* wei
 // faster in two places at once than in one.
 
 constexpr int WEIGHT_BYTES = 3;
-constexpr int HALF = PAG_NARROW;                  // columns
+constexpr int HALF = PAG_NARROW;                 // columns
 constexpr int HALF_BYTES = HALF * WEIGHT_BYTES;  // of a row of one half
 constexpr int AHEAD = 3072;  // bytes that are asked for before; a page or more wins less
 
@@ -157,9 +157,10 @@ PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
                                                           int column, int columns) {
   constexpr int COUNT = WIDTH < VECTORS * LANES ? WIDTH / LANES : VECTORS;
   Vector sums[PIXELS][COUNT] = {};
-  // At the end of a half, what is needed next lies behind the other half.
+  // Where both halves are read at once, what is needed at their end lies behind the other one.
+  const int64_t leap = COUNT * LANES > HALF ? half : 0;
   const uint8_t *ahead = compressed + AHEAD, *const end_of_half = compressed + half;
-  if (half <= AHEAD) ahead += half;
+  if (half <= AHEAD) ahead += leap;
   const float* const* rows = input.rows;
   for (int segment = 0, source = 0; segment < input.segments; segment++, rows += PIXELS) {
     const int64_t length = input.lengths[source];
@@ -180,7 +181,7 @@ PAG_OUTLINE PAG_MOVES_BYTES void expand_and_multiply_tile(const Input& input,
       for (int at = 0; at < COUNT * LANES; at += HALF)
         __builtin_prefetch(ahead + at / HALF * half, 0, 3);
       ahead += HALF_BYTES;
-      if (ahead == end_of_half) ahead += half;
+      if (ahead == end_of_half) ahead += leap;
       PAG_UNROLL
       for (int i = 0; i < PIXELS; i++) {
         Vector x = broadcast(end[i][k]);
