@@ -79,8 +79,8 @@ PAG_INLINE void multiply_pixels(int pixels, const Input& input, const float* wei
 //
 // Where few pixels are listed, time goes into reading weights: large ones are held as whole numbers of
 // 24 bits (packing.py). What multiplies the first tile expands them on the way, and keeps them as
-// floats if there are other tiles. A block of 32 columns lies there as two halves of 16: memory is read
-// faster in two places at once than in one.
+// floats if there are other tiles. A block of 32 columns lies there as two halves of 16, such that a
+// tall tile reads one after the other and others read both at once.
 
 constexpr int WEIGHT_BYTES = 3;
 constexpr int HALF = PAG_NARROW;                 // columns
