@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("pag_retrofit/kernels/src")
 FLAGS = [
@@ -21,6 +22,10 @@ INSTRUCTION_SETS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512vl"]
+    if platform.system() == "Linux":  # which hands out the state that it needs
+        amx = ["-mavx512bw", "-mavx512vbmi", "-mamx-tile", "-mamx-int8"]
+        INSTRUCTION_SETS["amx"] = INSTRUCTION_SETS["avx512"] + amx
+OPTIONAL = "amx"  # compilers know it since g++ 11 and clang++ 12
 
 
 class BuildKernels(build_ext):
@@ -32,11 +37,20 @@ class BuildKernels(build_ext):
     def build_extension(self, extension: Extension) -> None:
         """Compile and link, with the flags of PAG_RETROFIT_CXXFLAGS (for sanitizers) at the end."""
         extra = os.environ.get("PAG_RETROFIT_CXXFLAGS", "").split()
-        objects = self._compile("interface.cpp", "interface", extra)
+        objects, defines = [], []
         for name, flags in INSTRUCTION_SETS.items():
             define = f"-DPAG_INSTRUCTION_SET={name}"
-            flags = [*BY_HAND, *flags, define, *extra]
-            objects += self._compile("instruction_set.cpp", name, flags)
+            try:
+                objects += self._compile(
+                    "instruction_set.cpp", name, [*BY_HAND, *flags, define, *extra]
+                )
+            except CompileError:
+                if name != OPTIONAL:
+                    raise
+                print(f"built without {name}: the compiler does not know it")
+            else:
+                defines += ["-DPAG_WITH_AMX"] if name == OPTIONAL else []
+        objects += self._compile("interface.cpp", "interface", [*defines, *extra])
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(extension.name),

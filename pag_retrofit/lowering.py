@@ -926,6 +926,7 @@ class _Lowering:
         if _can_add(group):
             parts = tuple(self._upsampled_last(node, part, group) for part in parts)
         for part in parts:
+            winograd, digits = _ways(part, group)
             where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
             if group.coarse:
                 where = on_grid_or_open(group.coarse)
@@ -939,9 +940,11 @@ class _Lowering:
                         groups=part.groups,
                         activation=activation,
                         slope=group.slope,
-                        winograd=_by_winograd(part, group),
+                        winograd=winograd,
                         activate_if_all=bool(group.coarse),
-                        compressed=kernels.prefers_compressed(part.weight, part.groups),
+                        compressed=not digits
+                        and kernels.prefers_compressed(part.weight, part.groups),
+                        digits=digits,
                     ),
                     layout=group.layout,
                     sources=part.sources,
@@ -1042,15 +1045,20 @@ class _Lowering:
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
 
 
-def _by_winograd(part: _Part, group: _Group) -> bool:
-    """Whether to compute in tiles of 2x2 pixels.
+def _ways(part: _Part, group: _Group) -> tuple[bool, bool]:
+    """Whether to compute in tiles of 2x2 pixels, and whether in digits.
 
-    Pixels between which others are interpolated lie in tiles of their own.
+    Pixels between which others are interpolated lie in tiles of their own. In tiles of an upsampled
+    map less than half of the products are left, fewer than digits make up for.
     """
     pixels, upsampled = math.prod(group.rows[:3]), part.sources[0].upsampling > 1
-    return not group.coarse and kernels.prefers_winograd(
+    winograd = not group.coarse and kernels.prefers_winograd(
         part.weight, part.window, part.groups, pixels, upsampled
     )
+    if winograd and upsampled:
+        return True, False
+    digits = kernels.prefers_digits(part.weight, part.groups)
+    return winograd and not digits, digits
 
 
 def _can_add(group: _Group) -> bool:

@@ -573,8 +573,9 @@ def test_large_weights_are_compressed(density: float) -> None:
     for size in ((20, 24), (5, 6)):  # by Winograd's algorithm and directly
         agree(gated, deployed, torch.randn(2, 3, *size), density)
     for program, _ in deployed._programs.values():
-        compressed = [layer.compressed for layer in program.layers if layer.window.kernel == (3, 3)]
-        assert compressed == [native.expands()]
+        (layer,) = (layer for layer in program.layers if layer.window.kernel == (3, 3))
+        assert layer.digits == native.multiplies_digits()
+        assert layer.compressed == (native.expands() and not layer.digits)
 
 
 def steps_of(deployed: DeployedNetwork) -> list[Any]:

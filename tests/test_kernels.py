@@ -32,7 +32,10 @@ from pag_retrofit.kernels.arguments import ConvolutionArguments
 from pag_retrofit.kernels.packing import (
     compress,
     compressed_sizes,
+    digits_sizes,
     expand,
+    from_digits,
+    in_digits,
     pack_weight,
     packed_size,
     transformed,
@@ -128,6 +131,7 @@ class Case:
     input_scale: bool = False
     winograd: bool = False
     compressed: bool = False
+    digits: bool = False
     wider: int = 0  # channels of the buffers beside those in use
     mask: str = "random"
     seed: int = 0
@@ -155,10 +159,12 @@ class Case:
     def packed_weight(self) -> Tensor:
         weight = self.weight()
         weight = transformed(weight) if self.winograd else weight
-        packed = pack_weight(weight, self.groups)
-        if not self.compressed:
-            return packed
-        return compress(packed, self.out_channels, sum(self.channels), weight[0, 0].numel())
+        packed, taps = pack_weight(weight, self.groups), weight[0, 0].numel()
+        if self.compressed:
+            return compress(packed, self.out_channels, sum(self.channels), taps)
+        if self.digits:
+            return in_digits(packed, self.out_channels, sum(self.channels), taps)
+        return packed
 
     def arguments(self) -> ConvolutionArguments:
         generator = torch.Generator().manual_seed(self.seed)
@@ -285,7 +291,8 @@ def cases(draw: st.DrawFn) -> Case:
     upsampling: tuple[int, ...] = (draw(st.sampled_from([1, 1, 1, 2])),)
     groups, out_channels = 1, draw(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 40, 65, 96]))
     if kind == "sources":
-        channels = draw(st.lists(st.integers(1, 20), min_size=2, max_size=6).map(tuple))
+        sizes = st.integers(1, 20) if draw(st.booleans()) else st.just(64)
+        channels = draw(st.lists(sizes, min_size=2, max_size=6).map(tuple))
         upsampling = tuple(draw(st.sampled_from([1, 1, 2, 4])) for _ in channels)
     elif kind == "grouped":
         groups = draw(st.integers(2, 7))
@@ -294,6 +301,7 @@ def cases(draw: st.DrawFn) -> Case:
     elif kind == "depthwise":
         groups = out_channels = draw(st.sampled_from([2, 3, 15, 16, 31, 64, 70, 144]))
         channels = (groups,)
+    held = draw(st.sampled_from(["floats", "compressed", "digits"])) if groups == 1 else "floats"
     return Case(
         channels=channels,
         upsampling=upsampling,
@@ -302,7 +310,8 @@ def cases(draw: st.DrawFn) -> Case:
         size=draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
         window=window,
         winograd=winograd,
-        compressed=groups == 1 and draw(st.booleans()),
+        compressed=held == "compressed",
+        digits=held == "digits" and not winograd,
         batch=draw(st.integers(1, 3)),
         bias=draw(st.booleans()),
         activation=draw(st.sampled_from(["none", "relu", *kernels.ACTIVATIONS])),
@@ -497,7 +506,9 @@ class TestConvolution:
         grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
         plain = (case, grouped, few, replace(case, winograd=True))
-        for each in (*plain, *(replace(c, compressed=True) for c in plain if c.groups == 1)):
+        compressed = [replace(c, compressed=True) for c in plain if c.groups == 1]
+        digits = [replace(c, digits=True) for c in plain if c.groups == 1 and not c.winograd]
+        for each in (*plain, *compressed, *digits):
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
@@ -1066,6 +1077,7 @@ class TestArguments:
             (lambda a: {"weights": a.weights[:-1]}, "weights is"),
             (lambda a: {"weights": a.weights.half()}, "weights is"),
             (lambda a: {"weights": a.weights.int()}, "as compress returns it"),
+            (lambda a: {"weights": a.weights.to(torch.int8)}, "as in_digits returns it"),
             (lambda a: {"bias": a.bias[:-1]}, "bias is"),
             (lambda a: {"scale": torch.ones(3, 7)}, "scale is"),
             (lambda a: {"input_scale": torch.ones(1, 7)}, "input_scale is"),
@@ -1270,7 +1282,7 @@ def test_only_one_group_may_be_compressed() -> None:
         )
     a = Case(channels=(6,), out_channels=6, groups=2).arguments()
     size = compressed_sizes(6, a.weights.numel())[1]
-    with pytest.raises(PagError, match="compressed weights with groups=2"):
+    with pytest.raises(PagError, match="weights from compress with groups=2"):
         operators.check_convolution(a._replace(weights=torch.zeros(size, dtype=torch.int32)))
 
 
@@ -1286,6 +1298,197 @@ def test_large_finite_weights_are_compressed() -> None:
         assert not kernels.prefers_compressed(large, 1)
     large[3, 3] = 1000.0  # the others would lose most of their bits
     assert not kernels.prefers_compressed(large, 1)
+
+
+# --- weights and input in digits ------------------------------------------------------------------
+
+
+@given(
+    out_channels=st.integers(1, 70), channels=st.integers(1, 40), kernel=PAIRS,
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_digits_round_to_their_step(
+    out_channels: int, channels: int, kernel: tuple[int, int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_channels, channels, *kernel, generator=generator)
+    weight *= 10.0 ** torch.randint(-44, 12, (out_channels, 1, 1, 1), generator=generator)
+    weight[0] = 0
+    taps = math.prod(kernel)
+    stored = in_digits(pack_weight(weight), out_channels, channels, taps)
+    begin, size = digits_sizes(out_channels, channels, taps)
+    assert stored.shape == (size,)
+    steps = stored[begin:].view(torch.float32)
+    assert (steps >= torch.finfo(torch.float32).tiny).all()
+    packed = from_digits(stored, out_channels, channels, taps)
+    again = unpack_weight(packed, out_channels, channels, 1, kernel).double()
+    step = 256 * steps.double()[:, None, None, None]
+    largest = weight.double().abs().amax((1, 2, 3), keepdim=True)
+    assert (step <= (largest / 2**22).clamp(min=2.0**-116)).all()
+    rounding = weight.abs() * 2.0**-24  # of the result to float32
+    assert ((again - weight).abs() <= 0.5001 * step + rounding).all()
+
+
+@pytest.mark.parametrize("sizes", [(48, 200, 3), (64, 192, 3), (64, 320, 3), (40, 2048, 1)])
+def test_digits_round_little(twin: ModuleType, sizes: tuple[int, int, int]) -> None:
+    out_channels, channels, side = sizes
+    torch.manual_seed(0)
+    weight, x = torch.randn(out_channels, channels, side, side), torch.randn(1, channels, 20, 20)
+    weight *= torch.rand(out_channels, 1, 1, 1) * torch.rand(out_channels, channels, 1, 1) ** 4
+    x = x.relu() * torch.rand(1, channels, 1, 1) ** 4
+    exact = F.conv2d(x.double(), weight.double(), padding=side // 2).permute(0, 2, 3, 1)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    window = POINTWISE if side == 1 else TINY
+    layer = kernels.PerforatedConvolution(weight, None, window=window, digits=True)
+    assert layer.weights.dtype is torch.int8
+    y = torch.empty(1, 20, 20, out_channels)
+    with_module(twin, functools.partial(layer, y, rows))
+    off = (y - exact).flatten(0, 2).norm(dim=0) / exact.flatten(0, 2).norm(dim=0)
+    assert off.max() < 4e-6  # floats: 1e-6; of numbers as even as most are, digits lose less
+    even = torch.randn_like(x)
+    exact = F.conv2d(even.double(), torch.ones_like(weight).double(), padding=side // 2)
+    layer.replace_weight(torch.ones_like(weight))
+    with_module(twin, lambda: layer(y, even.permute(0, 2, 3, 1).contiguous()))
+    assert (y - exact.permute(0, 2, 3, 1)).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("mask", ["all", "random", "single", "list"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((64,), out_channels=16),  # neighbours share digits
+        Case((128,), out_channels=40, window=Window((3, 3), (1, 1), (2, 2), (2, 2))),
+        Case((64,), out_channels=33, window=Window((3, 3), (2, 2), (1, 1), (1, 1))),
+        Case((64,), out_channels=16, window=Window((3, 3), (2, 2), (2, 2), (2, 2))),
+        Case((64, 128), upsampling=(2, 1), out_channels=40, residual="small before"),
+        Case((64,), out_channels=48, window=Window((7, 7), (1, 1), (1, 1), (3, 3))),  # in parts
+        Case((256,), out_channels=70, activation="gelu", residual="after", scale=True),  # in parts
+        Case(
+            (192, 64), (1, 1), out_channels=20, activation="relu6", residual="in place"
+        ),  # in parts
+        Case((64,), out_channels=40, input_scale=True, activation="silu"),
+        Case((48,), out_channels=40, activation="relu"),  # copied together: no whole steps
+        Case((3,), out_channels=40),
+        Case((64, 20), (1, 1), out_channels=40, window=POINTWISE, wider=16),
+        Case((1024,), out_channels=65, window=POINTWISE, residual="before", activation="relu"),
+    ],
+)
+def test_digits_in_every_way(twin: ModuleType, case: Case, mask: str) -> None:
+    check(replace(case, size=(12, 40), digits=True, mask=mask), twin)
+
+
+@pytest.mark.parametrize("pixels", [1, 15, 16, 17, 31, 33, 48, 530])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((64,), out_channels=40),
+        Case((64,), out_channels=16, window=Window((7, 7), (1, 1), (1, 1), (3, 3))),
+        Case((192,), out_channels=70, window=POINTWISE, activation="gelu", residual="in place"),
+        Case((24,), out_channels=33, input_scale=True, scale=True),
+    ],
+)
+def test_digits_at_any_number_of_pixels(twin: ModuleType, case: Case, pixels: int) -> None:
+    for mask in ("all", "list"):
+        check(replace(case, size=(1, pixels), batch=1, digits=True, mask=mask), twin)
+        check(replace(case, size=(pixels, 1), batch=2, digits=True, mask=mask), twin)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-31, 1e-20, 1e20])
+def test_digits_of_very_small_and_large_numbers(twin: ModuleType, size: float) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(20, 64, 3, 3), torch.randn(20)
+    x = size * torch.randn(1, 5, 6, 64)
+    layer = kernels.PerforatedConvolution(weight, bias, window=TINY, digits=True)
+    y = torch.empty(1, 5, 6, 20)
+    with_module(twin, lambda: layer(y, x))
+    expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=1)
+    torch.testing.assert_close(
+        y.double(), expected.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5 * size
+    )
+
+
+def test_many_products_of_digits_do_not_overflow(twin: ModuleType) -> None:
+    # All digits are about as large as they get, and of the same sign.
+    channels, largest = 1 << 15, 127 * 65536.0
+    weight = torch.full((16, channels, 1, 1), -(126 * 65536.0 + 127 * 256 + 127))
+    x = torch.full((1, 2, 3, channels), 126 * 65536.0 + 127 * 256 + 127)
+    weight[:, 0], x[..., 0] = largest, largest
+    layer = kernels.PerforatedConvolution(weight, None, window=POINTWISE, digits=True)
+    y = torch.empty(1, 2, 3, 16)
+    with_module(twin, lambda: layer(y, x))
+    expected = x.double() @ weight[:, :, 0, 0].double().t()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0)  # floats are less exact
+
+
+@pytest.mark.parametrize("window", [TINY, POINTWISE])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_where_it_is(
+    twin: ModuleType, window: Window, value: float
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 64, *window.kernel), torch.randn(1, 1, 40, 64)
+    layer = kernels.PerforatedConvolution(
+        weight, None, window=window, activation="relu", digits=True
+    )
+    y, clean = torch.empty(1, 1, 40, 32), torch.empty(1, 1, 40, 32)
+    with_module(twin, lambda: layer(clean, x))
+    x[0, 0, 20, 3] = value
+    with_module(twin, lambda: layer(y, x))
+    reach = window.kernel[1] // 2
+    reads = torch.zeros(40, dtype=torch.bool)
+    reads[20 - reach : 21 + reach] = True
+    torch.testing.assert_close(y[0, 0, ~reads], clean[0, 0, ~reads], rtol=1e-5, atol=1e-4)
+    if twin is not reference:
+        assert not y[0, 0, reads].isfinite().all()
+
+
+def test_digits_take_three_quarters() -> None:
+    plain, layer = (
+        kernels.PerforatedConvolution(torch.randn(64, 64, 3, 3), None, window=TINY, digits=on)
+        for on in (False, True)
+    )
+    assert layer.weights.nbytes < 0.76 * plain.weights.nbytes
+    layer.replace_weight(torch.ones(64, 64, 3, 3))
+    x = torch.ones(1, 4, 4, 64)
+    y = layer(torch.empty(1, 4, 4, 64), x)
+    torch.testing.assert_close(y[0, 1, 1, 0], torch.tensor(9 * 64.0))
+    kernels.lay_together([plain, layer, plain])
+    assert (plain.weights.dtype, layer.weights.dtype) == (torch.float32, torch.int8)
+    assert torch.equal(layer(torch.empty(1, 4, 4, 64), x), y)
+
+
+@pytest.mark.parametrize("other", [{"groups": 2}, {"winograd": True}, {"compressed": True}])
+def test_digits_exclude_others(other: dict[str, Any]) -> None:
+    with pytest.raises(PagError, match="digits=True with groups="):
+        kernels.PerforatedConvolution(
+            torch.randn(4, 2, 3, 3), None, window=TINY, digits=True, **other
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_digits_exclude_others_in_the_operator(groups: int) -> None:
+    case = Case(channels=(6,), out_channels=6, groups=groups, winograd=groups == 1)
+    taps = 16 if groups == 1 else 9
+    weights = torch.zeros(digits_sizes(6, 6, taps)[1], dtype=torch.int8)
+    with pytest.raises(PagError, match="winograd with weights in digits|in_digits with groups=2"):
+        operators.check_convolution(case.arguments()._replace(weights=weights))
+
+
+def test_what_is_computed_in_digits() -> None:
+    weight = torch.ones(16, 64, 3, 3)
+    with kernels.using("auto"):
+        able = _has_library() and native.multiplies_digits()
+        assert kernels.prefers_digits(weight, 1) == able
+        assert kernels.prefers_digits(weight[:, :33, :1, :1], 1) == able
+    assert not kernels.prefers_digits(weight[:15], 1)
+    assert not kernels.prefers_digits(weight[:, :63], 1)
+    assert not kernels.prefers_digits(weight[:, :31, :1, :1], 1)
+    assert not kernels.prefers_digits(weight, 2)
+    assert not kernels.prefers_digits(weight.where(weight > 1, torch.nan), 1)
+    with kernels.using("reference"):
+        assert not kernels.prefers_digits(weight, 1)
+    weight[3, 3] = 1000.0
+    assert not kernels.prefers_digits(weight, 1)
 
 
 def test_transforming_keeps_every_weight() -> None:

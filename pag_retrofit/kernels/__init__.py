@@ -23,6 +23,7 @@ from pag_retrofit.kernels.perforated import (
     needed_inputs,
     pool_at_once,
     prefers_compressed,
+    prefers_digits,
     prefers_winograd,
     resize,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "needed_inputs",
     "pool_at_once",
     "prefers_compressed",
+    "prefers_digits",
     "prefers_winograd",
     "record_on",
     "recording",

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.kernels.packing import TRANSFORMED_PARTS, compressed_sizes, packed_size
+from pag_retrofit.kernels.packing import (
+    TRANSFORMED_PARTS,
+    compressed_sizes,
+    digits_sizes,
+    packed_size,
+)
 
 ACTIVATIONS = (
     "none",
@@ -40,7 +45,7 @@ class ConvolutionArguments(NamedTuple):
     Args:
         out: (B, h, w, C'), written at listed pixels only.
         sources: 1 to 4 maps whose channels, one after the other, are the input.
-        weights: Packed by `pack_weight`; int32 if compressed by `compress`.
+        weights: Packed by `pack_weight`; int32 if compressed by `compress`, int8 if `in_digits`.
         bias: (C').
         pixels: int32, flat indices into (B, h, w), each at most once; None: every pixel.
         length: int32, one element: how many of `pixels` are valid; None: all.
@@ -85,6 +90,11 @@ class ConvolutionArguments(NamedTuple):
     def compressed(self) -> bool:
         """Whether the weights are whole numbers of 24 bits."""
         return self.weights.dtype is torch.int32
+
+    @property
+    def in_digits(self) -> bool:
+        """Whether the weights are such numbers in three digits."""
+        return self.weights.dtype is torch.int8
 
     @property
     def residual_upsampling(self) -> int:
@@ -264,16 +274,22 @@ def check_sources(
 def _check_weights(a: ConvolutionArguments, channels: int) -> None:
     taps = TRANSFORMED_PARTS if a.winograd else a.window[0] * a.window[1]
     size = packed_size(a.out.shape[3], channels, a.groups, taps)
-    if not a.compressed:
+    if not a.compressed and not a.in_digits:
         return check_vector("weights", a.weights, (size,))
-    size = compressed_sizes(a.out.shape[3], size)[1]
+    made_by = "in_digits" if a.in_digits else "compress"
+    if a.in_digits:
+        size = digits_sizes(a.out.shape[3], channels, taps)[1]
+    else:
+        size = compressed_sizes(a.out.shape[3], size)[1]
     if a.weights.shape != (size,) or not a.weights.is_contiguous() or not a.weights.is_cpu:
         raise PagError(
-            f"weights is int32 {tuple(a.weights.shape)} on {a.weights.device}: expected contiguous "
-            f"{(size,)} on the CPU, as compress returns it"
+            f"weights is {a.weights.dtype} {tuple(a.weights.shape)} on {a.weights.device}: "
+            f"expected contiguous {(size,)} on the CPU, as {made_by} returns it"
         )
     if a.groups > 1:
-        raise PagError(f"compressed weights with groups={a.groups}: expected one group")
+        raise PagError(f"weights from {made_by} with groups={a.groups}: expected one group")
+    if a.in_digits and a.winograd:
+        raise PagError("winograd with weights in digits: expected floats, or compressed ones")
 
 
 def _check_groups(a: ConvolutionArguments, channels: int) -> None:

@@ -32,10 +32,11 @@ from pag_retrofit.kernels.arguments import (
 )
 from pag_retrofit.kernels.tape import Tape, contiguous, is_open, recording
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 INSTRUCTION_SET_VARIABLE = "PAG_RETROFIT_INSTRUCTION_SET"
 LIBRARY_VARIABLE = "PAG_RETROFIT_KERNELS"  # path of a library to load in place of the built one
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_FLOATS, _WHOLE_NUMBERS, _IN_DIGITS = range(3)  # of pag_weights
 _NO_MEMORY = 3  # of pag_status; 1 and 2 are faults of a list
 _NO_SCRATCH = "the native kernels got no memory for their scratch space"
 _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
@@ -88,6 +89,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pag_argument_bytes": (c_int64, [c_int]),
     "pag_instruction_set": (c_char_p, []),
     "pag_expands": (c_int, []),
+    "pag_multiplies_digits": (c_int, []),
     "pag_use_instruction_set": (c_int, [c_char_p]),
     "pag_use_openmp": (None, [c_void_p]),
     "pag_run": (c_int, [c_void_p, c_int64, c_int]),
@@ -171,6 +173,15 @@ def expands() -> bool:
     return bool(library().pag_expands())
 
 
+def multiplies_digits() -> bool:
+    """Whether the instruction set in use multiplies matrices of digits.
+
+    Raises:
+        PagError: There is no compiled library.
+    """
+    return bool(library().pag_multiplies_digits())
+
+
 def _use(loaded: ctypes.CDLL, name: str) -> None:
     if not loaded.pag_use_instruction_set(name.encode()):
         raise PagError(
@@ -250,14 +261,15 @@ def convolution(a: ConvolutionArguments) -> None:
         residual, residual_stride = _map(a.residual)
         residual_shift = a.residual_upsampling.bit_length() - 1
     dense = batch * out_height * out_width
-    steps = 0
-    if a.compressed:  # they are the last words
-        steps = a.weights.data_ptr() + 4 * (a.weights.numel() - out_channels)
+    steps, form = 0, _FLOATS
+    if a.compressed or a.in_digits:  # they are the last words
+        steps = a.weights.data_ptr() + a.weights.nbytes - 4 * out_channels
+        form = _IN_DIGITS if a.in_digits else _WHOLE_NUMBERS
     packed = _CONVOLUTION.pack(
         batch, *a.size, out_height, out_width, channels, out_channels, a.groups,
         *a.window,
         _ACTIVATION_NUMBERS[a.activation], a.residual_after, a.slope, len(a.sources),
-        a.winograd, a.activate_if_all, a.compressed,
+        a.winograd, a.activate_if_all, form,
         *_sources(a.sources, a.upsampling),
         *_list(a.pixels, a.length, dense),
         a.weights.data_ptr(), steps, _address(a.bias), _address(a.scale), _address(a.input_scale),

@@ -12,6 +12,11 @@ output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
 A packed weight may be compressed (`compress`) to whole numbers of 24 bits, multiples of a step of
 each output channel: the power of two with which its largest weight just fits. Weights are off by at
 most 2^-23 of that one; adding up products in float32 loses as much. All blocks are 16 wide then.
+
+Or it is held in digits (`in_digits`): whole numbers of a step with which the largest weight of an
+output channel just fits, as three digits of 8 bits with signs, for instructions that multiply
+matrices of bytes. Blocks are 16 wide, too, and the matrix of each is cut into steps of 64 rows,
+filled up with zeros: the high, the middle and the low digits of a step, each (rows / 4, 16, 4).
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ _MOST = 2**23 - 1  # of 24 bits, one of them the sign
 _LEAST = -95  # exponent, below which what is divided by 256 would lose bits: of weights of 1e-29
 _BEHIND = 16  # bytes that may be read behind the last number
 _WORDS = 16  # of a cache line, at which the steps begin
+_DIGITS, _BASE = 3, 256
+_MOST_IN_DIGITS = 127 * _BASE**2  # a little less than 127, 127, 127
+DIGITS_DEPTH, _FOUR = 64, 4  # rows of a step, and those that lie together
 TRANSFORMED_SIDE = 4
 TRANSFORMED_PARTS = TRANSFORMED_SIDE**2
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -124,6 +132,62 @@ def expand(words: Tensor, out_channels: int, channels: int, taps: int) -> Tensor
     for part, columns in _parts(packed, out_channels, channels, 1, taps):
         part.copy_(rows[:, :, columns])
     return packed
+
+
+def digits_sizes(out_channels: int, channels: int, taps: int) -> tuple[int, int]:
+    """Bytes of a weight in digits: where its steps begin, and how many there are with them."""
+    begin = _rounded(out_channels) * -(-channels * taps // DIGITS_DEPTH) * DIGITS_DEPTH * _DIGITS
+    return begin, begin + 4 * out_channels
+
+
+def in_digits(packed: Tensor, out_channels: int, channels: int, taps: int) -> Tensor:
+    """A packed weight of one group as digits.
+
+    Args:
+        packed: By `pack_weight`, finite.
+        out_channels: Of the convolution.
+        channels: Of its input.
+        taps: Of its kernel.
+
+    Returns:
+        int8, one axis: the digits, and behind them the steps, float32, divided by 256.
+    """
+    rows = _rows(packed, out_channels, channels, 1, taps).reshape(-1, out_channels)
+    step = rows.abs().amax(0).double().clamp(min=2.0**_LEAST) / _MOST_IN_DIGITS
+    step = step.float().double()
+    numbers = (rows.double() / step).round().to(torch.int32)
+    begin, size = digits_sizes(out_channels, channels, taps)
+    stored = packed.new_zeros(size, dtype=torch.int8)
+    stored[begin:].view(torch.float32).copy_(step / 256)
+    places = _digit_places(stored[:begin], out_channels)
+    padded = numbers.new_zeros(places.shape[2:4].numel() * _FOUR, _rounded(out_channels))
+    padded[: len(numbers), :out_channels] = numbers
+    for place in reversed(places.unbind(0)):  # the low digits first
+        digit = (padded + _BASE // 2) % _BASE - _BASE // 2
+        place.copy_(digit.view(*place.shape[1:3], _FOUR, -1, NARROW).permute(3, 0, 1, 4, 2))
+        padded = (padded - digit) // _BASE
+    return stored
+
+
+def from_digits(stored: Tensor, out_channels: int, channels: int, taps: int) -> Tensor:
+    """Undo `in_digits`, up to what it rounded."""
+    begin, _ = digits_sizes(out_channels, channels, taps)
+    places = _digit_places(stored[:begin], out_channels).double()
+    numbers = (places[0] * _BASE + places[1]) * _BASE + places[2]
+    rows = numbers.permute(1, 2, 4, 0, 3).reshape(-1, _rounded(out_channels))
+    rows = rows[: taps * channels, :out_channels] * 256 * stored[begin:].view(torch.float32)
+    weight = rows.float().reshape(taps, channels, out_channels)
+    packed = weight.new_zeros(packed_size(out_channels, channels, 1, taps))
+    for part, columns in _parts(packed, out_channels, channels, 1, taps):
+        part.copy_(weight[:, :, columns])
+    return packed
+
+
+def _digit_places(stored: Tensor, out_channels: int) -> Tensor:
+    """Digits as (digit, block, step, fours, column, 4): the high ones first."""
+    blocks = _rounded(out_channels) // NARROW
+    shape = (blocks, -1, _DIGITS, DIGITS_DEPTH // _FOUR, NARROW, _FOUR)
+    return stored.view(shape).movedim(2, 0)
 
 
 def transformed(weight: Tensor) -> Tensor:

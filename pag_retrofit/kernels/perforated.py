@@ -17,7 +17,14 @@ from pag_retrofit.functional import Window
 from pag_retrofit.kernels import native
 from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
 from pag_retrofit.kernels.operators import backend, convolve, visible
-from pag_retrofit.kernels.packing import NARROW, compress, pack_weight, transformed
+from pag_retrofit.kernels.packing import (
+    DIGITS_DEPTH,
+    NARROW,
+    compress,
+    in_digits,
+    pack_weight,
+    transformed,
+)
 from pag_retrofit.kernels.tape import recording
 
 _OPS = torch.ops.pag_retrofit
@@ -25,6 +32,8 @@ _PIXELS_FOR_WINOGRAD = 128
 _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
 _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
+_LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
+_MOST_DEPTH_IN_DIGITS = 1 << 15  # as many products of digits still add up in 32 bits
 
 
 class PixelList(NamedTuple):
@@ -79,10 +88,15 @@ class PerforatedConvolution(nn.Module):
         compressed: Hold the weights as whole numbers of 24 bits, which rounds them (to 2^-23 of the
             largest of their output channel); worth it where so many have to be read from memory.
             For one group. Default False.
+        digits: Hold them as such numbers in three digits, and multiply those by the input's,
+            rounded likewise: to 2^-23 of the largest number that a pixel reads, or one of the 16
+            that are computed with it. A pixel that reads what is not finite becomes NaN. For
+            processors that multiply matrices of bytes, for one group, and instead of `winograd` and
+            `compressed`. Default False.
 
     Raises:
         PagError: The activation is unknown, or the window is not one for Winograd's algorithm.
-        PagError: Compressed weights in several groups.
+        PagError: Compressed weights, or digits, in several groups, or digits and one of the others.
     """
 
     weights: Tensor
@@ -100,6 +114,7 @@ class PerforatedConvolution(nn.Module):
         winograd: bool = False,
         activate_if_all: bool = False,
         compressed: bool = False,
+        digits: bool = False,
     ):
         """Pack the weight."""
         super().__init__()
@@ -117,7 +132,12 @@ class PerforatedConvolution(nn.Module):
             )
         if compressed and groups > 1:
             raise PagError(f"compressed=True with groups={groups}: expected one group")
-        self.compressed = compressed
+        if digits and (groups > 1 or winograd or compressed):
+            raise PagError(
+                f"digits=True with groups={groups}, winograd={winograd}, compressed={compressed}: "
+                "expected one group and nothing of the others"
+            )
+        self.compressed, self.digits = compressed, digits
         self.register_buffer("weights", self._packed(weight))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._flat_window = [number for pair in window[:4] for number in pair]
@@ -167,10 +187,10 @@ class PerforatedConvolution(nn.Module):
 
     def _packed(self, weight: Tensor) -> Tensor:
         weight = transformed(weight) if self.winograd else weight
-        packed = pack_weight(weight, self.groups)
-        if not self.compressed:
-            return packed
-        return compress(packed, self.out_channels, self.channels, weight.shape[2] * weight.shape[3])
+        packed, taps = pack_weight(weight, self.groups), weight.shape[2] * weight.shape[3]
+        if self.compressed:
+            return compress(packed, self.out_channels, self.channels, taps)
+        return in_digits(packed, self.out_channels, self.channels, taps) if self.digits else packed
 
     def new_output(self, source: Tensor, size: tuple[int, int]) -> Tensor:
         """An uninitialised map (B, h, w, out) for the batch of a source."""
@@ -181,7 +201,7 @@ class PerforatedConvolution(nn.Module):
         return (
             f"{self.channels}, {self.out_channels}, {self.window}, groups={self.groups}, "
             f"activation={self.activation!r}, winograd={self.winograd}, "
-            f"compressed={self.compressed}"
+            f"compressed={self.compressed}, digits={self.digits}"
         )
 
 
@@ -238,6 +258,29 @@ def prefers_compressed(weight: Tensor, groups: int) -> bool:
     )
 
 
+def prefers_digits(weight: Tensor, groups: int) -> bool:
+    """Whether a convolution is faster in digits, by measurement.
+
+    Where it is, neither Winograd's algorithm nor compressed weights are. Where each tap has whole
+    steps of channels neighbours share digits; to make them for each takes longer than it saves.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        groups: Of the convolution.
+    """
+    depth, channels = weight[0].numel(), weight.shape[1]
+    return (
+        groups == 1
+        and weight.shape[0] >= NARROW
+        and _LEAST_DEPTH_IN_DIGITS <= depth <= _MOST_DEPTH_IN_DIGITS
+        and (depth == channels or channels % DIGITS_DEPTH == 0)
+        and backend() is native
+        and native.multiplies_digits()
+        and bool(weight.isfinite().all())
+        and _is_even(weight)
+    )
+
+
 def _is_even(weight: Tensor) -> bool:
     """Whether no weight is far above half of those of its output channel, zeros left aside."""
     sizes = weight.detach().abs().flatten(1)
@@ -251,10 +294,10 @@ def lay_together(layers: Sequence[PerforatedConvolution]) -> None:
     Weights of a whole network are read once in a pass, from memory: large pages help with that.
     """
     line = 16  # floats of a cache line
-    sizes = [-(-layer.weights.numel() // line) * line for layer in layers]
+    sizes = [-(-layer.weights.nbytes // (4 * line)) * line for layer in layers]
     parts = backend().empty(sum(sizes)).split(sizes)
     for layer, part in zip(layers, parts, strict=True):
-        weights = part[: layer.weights.numel()].view(layer.weights.dtype)
+        weights = part.view(layer.weights.dtype)[: layer.weights.numel()]
         layer.weights = weights.copy_(layer.weights)
 
 

@@ -17,6 +17,7 @@ from pag_retrofit.kernels.arguments import ConvolutionArguments, Taps, bad_list
 from pag_retrofit.kernels.packing import (
     TRANSFORMED_SIDE,
     expand,
+    from_digits,
     is_depthwise,
     unpack_weight,
     untransformed,
@@ -33,6 +34,8 @@ def convolution(a: ConvolutionArguments) -> None:
     packed = a.weights
     if a.compressed:
         packed = expand(packed, out_channels, channels, kernel[0] * kernel[1])
+    elif a.in_digits:
+        packed = from_digits(packed, out_channels, channels, kernel[0] * kernel[1])
     weight = unpack_weight(packed, out_channels, channels, a.groups, kernel)
     if a.winograd:
         weight = untransformed(weight)

@@ -106,6 +106,25 @@ PAG_INLINE void expand_block(const pag_block& block, int64_t rows, float* to) {
       expand(block.compressed + at / HALF * block.half + row * HALF_BYTES, HALF, to);
 }
 
+constexpr int DIGITS = PAG_DIGITS, DIGITS_DEPTH = PAG_DIGITS_DEPTH;
+constexpr int DIGIT_BYTES = DIGITS_DEPTH * HALF;  // of one step of 16 columns
+constexpr int STEP_BYTES = DIGITS * DIGIT_BYTES;
+
+PAG_INLINE int64_t digit_steps(int64_t depth) { return (depth + DIGITS_DEPTH - 1) / DIGITS_DEPTH; }
+
+// The same of weights in digits (digits.h), for processors that do not multiply these.
+PAG_INLINE void expand_digits(const pag_block& block, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t at = row / DIGITS_DEPTH * STEP_BYTES + row % DIGITS_DEPTH / 4 * DIGITS_DEPTH + row % 4;
+    for (int column = 0; column < block.width; column++) {
+      const int8_t* digit = (const int8_t*)block.compressed + column / HALF * block.half + at +
+                            column % HALF * 4;
+      const int32_t high = digit[0], middle = digit[DIGIT_BYTES], low = digit[2 * DIGIT_BYTES];
+      *to++ = (float)((high * 256 + middle) * 256 + low) * 256;
+    }
+  }
+}
+
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
 // Processors with AVX-512 but without the instruction that moves bytes anywhere are few, and old.
@@ -378,10 +397,14 @@ PAG_INLINE pag_block block_at(const pag_plan& plan, int index) {
   const int64_t first = bundle * depth * padded + (int64_t)plan.taps * block.channels * at;
   block.compressed = nullptr;
   block.half = depth * HALF_BYTES;
-  if (call.compressed)
+  if (call.compressed == PAG_IN_DIGITS) {
+    block.half = digit_steps(depth) * STEP_BYTES;
+    block.compressed = (const uint8_t*)call.weights + at / HALF * block.half;
+  } else if (call.compressed) {
     block.compressed = (const uint8_t*)call.weights + first * WEIGHT_BYTES;
-  else
+  } else {
     block.weights = (const float*)call.weights + first;
+  }
   return block;
 }
 
@@ -1188,7 +1211,10 @@ struct Multiplication {
       block.expanded = to;
       to += (int64_t)depth * block.width;
       if (plan.expanding) continue;
-      expand_block(block, depth, block.expanded);
+      if (plan.call->compressed == PAG_IN_DIGITS)
+        expand_digits(block, depth, block.expanded);
+      else
+        expand_block(block, depth, block.expanded);
       use_expanded(block);
     }
   }

@@ -1,4 +1,5 @@
 // Compiled once per instruction set; PAG_INSTRUCTION_SET names the one of this copy.
+#include "digits.h"
 #include "rows.h"
 #include "winograd.h"
 
@@ -9,6 +10,7 @@
 
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
-    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, DEPTHWISE_TILE, TALL_TILE, convolution, winograd,
-    layer_norm, mean, interpolate, decide, list_pixels, pool, activate, resize, moments, rescale,
+    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, DEPTHWISE_TILE, TALL_TILE, convolution,
+    convolution_of_digits, winograd, layer_norm, mean, interpolate, decide, list_pixels, pool,
+    activate, resize, moments, rescale,
 };

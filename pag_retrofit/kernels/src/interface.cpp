@@ -5,6 +5,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(PAG_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +24,9 @@ extern const pag_kernels pag_kernels_portable;
 #if defined(__x86_64__)
 extern const pag_kernels pag_kernels_avx2;
 extern const pag_kernels pag_kernels_avx512;
+#if defined(PAG_WITH_AMX)
+extern const pag_kernels pag_kernels_amx;
+#endif
 #endif
 
 namespace {
@@ -28,12 +35,29 @@ constexpr int64_t LINE = 64;              // bytes of a cache line
 constexpr int64_t SMALLEST_SHARE = 1 << 16;  // operations worth waking a thread for
 constexpr int UNITS_PER_THREAD = 4;       // so that an interrupted thread does not hold up the rest
 
+#if defined(PAG_WITH_AMX)
+// Whether the processor multiplies tiles of bytes, moves bytes anywhere, and the system lets us: tiles
+// are state that a process has to ask for.
+bool may_use_amx() {
+  constexpr unsigned TILES_AND_INT8 = 3u << 24;
+  constexpr long ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&
+         __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES_AND_INT8) == TILES_AND_INT8 &&
+         !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
+}
+#endif
+
 const pag_kernels* supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(PAG_WITH_AMX)
+  static const bool amx = avx512 && may_use_amx();
+  if (amx && (!name || !strcmp(name, "amx"))) return &pag_kernels_amx;
+#endif
   if (avx512 && (!name || !strcmp(name, "avx512"))) return &pag_kernels_avx512;
   if (avx2 && (!name || !strcmp(name, "avx2"))) return &pag_kernels_avx2;
 #endif
@@ -118,7 +142,8 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   char* at = thread_scratch.at_least(plan.rows_bytes + plan.offsets_bytes + plan.blocks_bytes +
                                      plan.zeros_bytes + plan.panel_bytes + plan.columns_bytes +
-                                     plan.expanded_bytes + plan.transposed_bytes);
+                                     plan.expanded_bytes + plan.transposed_bytes +
+                                     plan.digits_bytes + plan.kept_bytes);
   if (!at) return false;
   scratch.rows = reinterpret_cast<const float**>(at);
   scratch.offsets = reinterpret_cast<int64_t*>(at += plan.rows_bytes);
@@ -128,6 +153,8 @@ bool take_scratch(const pag_plan& plan, pag_scratch& scratch) {
   scratch.columns = reinterpret_cast<float*>(at += plan.panel_bytes);
   scratch.expanded = reinterpret_cast<float*>(at += plan.columns_bytes);
   scratch.transposed = reinterpret_cast<float*>(at += plan.expanded_bytes);
+  scratch.digits = reinterpret_cast<int8_t*>(at += plan.transposed_bytes);
+  scratch.kept = reinterpret_cast<float*>(at += plan.digits_bytes);
   memset(scratch.zeros, 0, plan.zeros_bytes);
   const pag_convolution& call = *plan.call;
   int64_t* offset = scratch.offsets;
@@ -167,6 +194,41 @@ bool is_pointwise(const pag_convolution& call) {
   return result;
 }
 
+int64_t weights_budget() {  // half the cache of a core, the other half is for the maps
+  static const int64_t bytes = [] {
+    long size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::max<int64_t>(size, 1 << 19) / 2;
+  }();
+  return bytes;
+}
+
+// How a convolution by digits is cut. Of many taps and channels, some taps are multiplied before the
+// others, so that weights of a block, and those of the next one, stay cached beside the tiles' input.
+void size_digits(pag_plan& plan) {
+  constexpr int64_t DEEP = 2048;
+  const pag_convolution& call = *plan.call;
+  const int64_t depth = (int64_t)plan.taps * call.channels;
+  const int64_t padded = (depth + PAG_DIGITS_DEPTH - 1) / PAG_DIGITS_DEPTH * PAG_DIGITS_DEPTH;
+  plan.whole_steps = !plan.gathered;
+  for (int s = 0; s < call.source_count; s++)
+    plan.whole_steps &= call.sources[s].channels % PAG_DIGITS_DEPTH == 0;
+  plan.joined &= !plan.whole_steps;  // neighbours share the digits of a tap
+  plan.parts = 1;
+  if (plan.whole_steps) plan.parts = (int32_t)std::clamp<int64_t>((depth + DEEP - 1) / DEEP, 1, plan.taps);
+  const int64_t taps = (plan.taps + plan.parts - 1) / plan.parts;
+  const int64_t bytes = (plan.parts > 1 ? taps * call.channels : padded) * PAG_DIGITS * PAG_NARROW;
+  const int64_t kept =
+      plan.parts > 1 ? sizeof(float) * plan.blocks * PAG_NARROW * PAG_DIGITS_BLOCK : 0;
+  const int64_t most = std::min<int64_t>(plan.tiles, PAG_DIGITS_GROUP);
+  plan.group = (int32_t)std::clamp<int64_t>(weights_budget() / (bytes + kept), 1, most);
+  plan.digits_bytes = plan.group * bytes;
+  plan.kept_bytes = plan.group * kept;
+  plan.panel_bytes = whole_lines(sizeof(float) * padded);
+}
+
 pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   constexpr int THIN_CHANNELS = 64;
@@ -192,8 +254,12 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
                 call.sources[0].stride == call.channels;
   plan.gathered =
       call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
-  plan.expanding = call.compressed && table.expands();
-  plan.tile = plan.depthwise ? table.depthwise_tile : plan.expanding ? table.tall_tile : table.tile;
+  plan.expanding = call.compressed == PAG_WHOLE_NUMBERS && table.expands();
+  plan.by_digits = call.compressed == PAG_IN_DIGITS && table.digits;
+  plan.tile = plan.depthwise   ? table.depthwise_tile
+              : plan.expanding ? table.tall_tile
+              : plan.by_digits ? PAG_NARROW
+                               : table.tile;
   plan.pixels = pixels;
   plan.per_width = 1.0 / call.out_width;
   plan.per_height = 1.0 / call.out_height;
@@ -219,7 +285,8 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.thin = plan.taps == 1 && call.groups == 1 && call.source_count == 1 && plan.plain &&
               !plan.gathered && !plan.dot && !call.compressed && call.channels <= THIN_CHANNELS &&
               is_ascending(call.list, pixels);
-  if (plan.tile > table.tile)
+  if (plan.by_digits) size_digits(plan);
+  if (plan.expanding && plan.tile > table.tile)
     plan.transposed_bytes = whole_lines(sizeof(float) * plan.taps * call.channels * plan.tile);
   if (plan.dot)
     plan.columns_bytes =
@@ -229,17 +296,6 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
 
 // Whether compressed weights are expanded for the only tile, and not kept.
 bool reads_once(const pag_plan& plan) { return plan.expanding && plan.tiles == 1; }
-
-int64_t weights_budget() {  // half the cache of a core, the other half is for the maps
-  static const int64_t bytes = [] {
-    long size = 0;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return std::max<int64_t>(size, 1 << 19) / 2;
-  }();
-  return bytes;
-}
 
 // Blocks of output channels that are computed together, tile by tile: their weights stay cached. Those
 // that a single tile reads need not.
@@ -394,6 +450,27 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   return failed.load() ? PAG_NO_MEMORY : PAG_OK;
 }
 
+// Shares of tiles, and where these are few, of output channels: each makes its digits anew then.
+int convolve_digits(const pag_plan& plan, int threads) {
+  const pag_kernels& table = kernels();
+  const int64_t groups = (plan.tiles + plan.group - 1) / plan.group;
+  const int64_t chunks = std::min<int64_t>(threads == 1 ? 1 : groups, threads * UNITS_PER_THREAD);
+  const int64_t wanted = (2 * threads + chunks - 1) / chunks;
+  const int64_t parts = std::min<int64_t>({wanted, threads, plan.blocks});
+  std::atomic<bool> failed{false};
+  share(chunks * parts, threads, [&](int64_t unit) {
+    const int64_t chunk = unit / parts, part = unit % parts;
+    pag_scratch scratch;
+    if (take_scratch(plan, scratch))
+      table.digits(&plan, &scratch, (int32_t)(plan.blocks * part / parts),
+                   (int32_t)(plan.blocks * (part + 1) / parts), plan.tiles * chunk / chunks,
+                   plan.tiles * (chunk + 1) / chunks);
+    else
+      failed.store(true);
+  });
+  return failed.load() ? PAG_NO_MEMORY : PAG_OK;
+}
+
 int convolve(const pag_convolution* given, int threads) {
   const pag_kernels& table = kernels();
   const int64_t all = (int64_t)given->batch * given->out_height * given->out_width;
@@ -412,6 +489,7 @@ int convolve(const pag_convolution* given, int threads) {
       (int64_t)plan.taps * call->out_channels * call->channels / call->groups;
   const int64_t floats = plan.pixels * (call->channels + call->out_channels) + weights;
   threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
+  if (plan.by_digits) return convolve_digits(plan, threads);
   const int32_t together = blocks_together(plan, threads);
   const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
   if (call->compressed && !reads_once(plan))
@@ -875,6 +953,8 @@ int64_t pag_argument_bytes(int kind) {
 }
 
 int pag_expands(void) { return kernels().expands(); }
+
+int pag_multiplies_digits(void) { return kernels().digits != nullptr; }
 
 const char* pag_instruction_set(void) { return kernels().name; }
 

@@ -13,6 +13,9 @@ enum { PAG_MAX_SOURCES = 6 };
 
 enum pag_status { PAG_OK = 0, PAG_BAD_INDEX = 1, PAG_BAD_COUNT = 2, PAG_NO_MEMORY = 3 };
 
+// How weights are held: packing.py.
+enum pag_weights { PAG_FLOATS, PAG_WHOLE_NUMBERS, PAG_IN_DIGITS };
+
 enum pag_activation {
   PAG_NONE, PAG_RELU, PAG_RELU6, PAG_SILU, PAG_GELU, PAG_GELU_TANH,
   PAG_HARDSWISH, PAG_HARDSIGMOID, PAG_SIGMOID, PAG_LEAKY_RELU,
@@ -42,7 +45,7 @@ struct pag_convolution {
   int32_t source_count;
   int32_t winograd;         // 3x3 windows at every pixel, transformed weights: winograd.h
   int32_t activate_if_all;  // leave the activation to others unless all pixels are listed
-  int32_t compressed;       // weights are 24-bit whole numbers: packing.py; one group only
+  int32_t compressed;       // of pag_weights; one group only, unless they are floats
   pag_source sources[PAG_MAX_SOURCES];
   pag_list list;
   const void* weights;       // packed floats, or compressed: see packing.py
@@ -204,10 +207,12 @@ struct pag_call {
 // Bytes of the structure that a kind of call takes, 0 for an unknown kind: a caller that was written
 // for another version of this file can tell.
 PAG_EXPORT int64_t pag_argument_bytes(int kind);
-// Instruction sets, in rising order: "portable", "avx2", "avx512".
+// Instruction sets, in rising order: "portable", "avx2", "avx512", "amx".
 PAG_EXPORT const char* pag_instruction_set(void);
 // Whether the instruction set in use reads compressed weights as fast as floats.
 PAG_EXPORT int pag_expands(void);
+// Whether it multiplies weights in digits.
+PAG_EXPORT int pag_multiplies_digits(void);
 // Use the named set; returns 0 (and changes nothing) where it is unknown or the processor lacks it.
 PAG_EXPORT int pag_use_instruction_set(const char* name);
 // Run loops on an OpenMP runtime that is already loaded: the address of its GOMP_parallel.

@@ -8,7 +8,7 @@ struct pag_block {
   int32_t channel, channels;        // of the input, of each tap
   int32_t column, columns, width;   // of the output; the width in the packed weights
   const float* weights;             // (taps * channels, width)
-  const uint8_t* compressed;        // null, or the same, while they are not yet expanded
+  const uint8_t* compressed;        // null, or the same, while they are not yet expanded: bytes
   int64_t half;                     // bytes from one half of its columns to the other
   float* expanded;                  // memory for that
 };
@@ -30,8 +30,12 @@ struct pag_plan {
   bool dot;        // few output channels: vectors lie along the input channels
   bool thin;       // one tap of few channels, at ascending pixels: see strips
   bool expanding;  // compressed weights are expanded as they are multiplied, not before
+  bool by_digits;    // see digits.h
+  bool whole_steps;  // the input of each tap is whole steps of digits
+  int32_t parts;     // in which the taps are multiplied
+  int32_t group;     // tiles whose digits are made together
   int64_t rows_bytes, offsets_bytes, blocks_bytes, zeros_bytes, panel_bytes;  // of pag_scratch
-  int64_t columns_bytes, expanded_bytes, transposed_bytes;
+  int64_t columns_bytes, expanded_bytes, transposed_bytes, digits_bytes, kept_bytes;
 };
 
 // Memory of one thread.
@@ -44,6 +48,8 @@ struct pag_scratch {
   float* columns;       // (out_channels, taps * channels): weights for dot products
   float* expanded;      // (blocks, taps * channels, 32): weights that were compressed
   float* transposed;    // (taps * channels, tile): input of a tall tile
+  int8_t* digits;       // (tiles of a group, taps * channels in steps): see PAG_DIGITS_DEPTH
+  float* kept;          // (blocks, tiles of a group, 16, 32): sums of parts of the taps
 };
 
 // Tiles of a depthwise convolution that go through the channels together.
@@ -51,6 +57,11 @@ enum { PAG_DEPTHWISE_GROUP = 8 };
 
 enum { PAG_PARTS = 16, PAG_PRODUCT = 32 };  // of a tile; output channels of a block
 enum { PAG_NARROW = 16 };                   // output channels of a block that is narrower
+
+// Weights as digits, and input, lie in steps of so many rows of the matrix: (step, digit, 16 rows, 64)
+// bytes. A row of weights holds four numbers of each of 16 columns, one of input is a pixel's.
+enum { PAG_DIGITS = 3, PAG_DIGITS_DEPTH = 64, PAG_DIGITS_BLOCK = 32 };
+enum { PAG_DIGITS_GROUP = 32 };  // tiles at most
 
 // How a convolution is cut into tiles of 2x2 pixels, see winograd.h; for every thread.
 struct pag_tiling {
@@ -85,6 +96,9 @@ struct pag_kernels {
   int32_t tile, depthwise_tile, tall_tile;
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
+  // The same by digits, or null: the instruction set cannot.
+  void (*digits)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
+                 int64_t tile_begin, int64_t tile_end);
   void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int32_t block_begin,
                    int32_t block_end, int64_t begin, int64_t end);
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
