@@ -171,7 +171,8 @@ def test_convolutions_of_upsampled_maps(
         read_upsampled = not large and not crop  # a map that is cropped is made before
         enough = read_upsampled or out * sum(small + large) >= 512
         pixels = half[0] * (2 * half[1] - crop) * 2 * half[2]
-        assert [layer.winograd for layer in layers].count(True) == (enough and pixels >= 128)
+        if not any(layer.digits and layer.window.kernel == (3, 3) for layer in layers):
+            assert [layer.winograd for layer in layers].count(True) == (enough and pixels >= 128)
 
 
 class Unskipped(nn.Module):
