@@ -1,10 +1,10 @@
-"""Deployed networks with large weights compressed, and with all weights in float32, side by side.
+"""Deployed networks with weights as whole numbers, and with all in float32, side by side.
 
     python benchmarks/compression.py
 
-Both of a network are called in turn, in one process per instruction set, with the same made-up
-masks; and how far their outputs are from those of the masked network in float64. Writes
-benchmarks/results/compression.json.
+Whole numbers are compressed ones, or with AMX digits. Both of a network are called in turn, in one
+process per instruction set, with the same made-up masks; and how far their outputs are from those
+of the masked network in float64. Writes benchmarks/results/compression.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES = (
     ("smp:Unet:resnet34", (1, 3, 384, 480)),
 )
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
-INSTRUCTION_SETS = ("avx512", "avx2")
+INSTRUCTION_SETS = ("amx", "avx512", "avx2")
 ROUNDS, CALLS = 7, 3
 
 
@@ -57,7 +57,11 @@ def measure(model: str, shape: tuple[int, ...]) -> dict[str, Any]:
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     compressed, plain = deploy(gated), deploy(gated)
     compressed(x)
-    with mock.patch.object(kernels, "prefers_compressed", return_value=False):
+    never = {"return_value": False}
+    with (
+        mock.patch.object(kernels, "prefers_compressed", **never),
+        mock.patch.object(kernels, "prefers_digits", **never),
+    ):
         plain(x)
     ways: dict[str, nn.Module] = {"compressed": compressed, "float32": plain}
     rows = {}

@@ -474,7 +474,7 @@ def kernels_table(results: dict[str, Any]) -> str:
 
 
 def compression_table(results: dict[str, Any]) -> str:
-    """Per network and instruction set: time with compressed weights, and errors both ways."""
+    """Per network and instruction set: time with whole numbers, and errors both ways."""
     networks = next(iter(results["runs"].values()))
     densities = list(networks[0]["densities"])
     lines = [
@@ -491,9 +491,9 @@ def compression_table(results: dict[str, Any]) -> str:
             lines.append(f"| {network} | {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Milliseconds with compressed weights at each share of open pixels, and how that differs "
-        "from all weights in float32, side by side; the largest error, relative to the largest "
-        f"output, against float64. {results['environment']['cpu']}, one thread "
+        "Milliseconds with weights as whole numbers at each share of open pixels, and how that "
+        "differs from all weights in float32, side by side; the largest error, relative to the "
+        f"largest output, against float64. {results['environment']['cpu']}, one thread "
         "(`python benchmarks/compression.py`).",
     ]
     return "\n".join(lines)
@@ -551,6 +551,9 @@ def _blocks() -> dict[str, dict[str, str]]:
             "coverage-table": coverage_page.summary(_read("coverage"), _read("coverage_deployed")),
             "latency-table": latency_table(
                 timed, f"{source}; [more](docs/deployment.md).", short=True
+            ),
+            "xeon-latency-table": latency_table(
+                on_xeon, "`benchmarks/results/latency_xeon.json`.", short=True
             ),
         },
         "docs/camvid.md": {

@@ -61,14 +61,14 @@ def facts(call: ConvolutionArguments) -> dict[str, Any]:
     out_channels, (kernel, _, stride, *_) = call.out.shape[3], call.window
     inputs = sum(source.numel() for source in call.sources)
     dense = call.out.shape[:3].numel()
-    floats = call.weights.numel() + pixels * out_channels + min(inputs * pixels / dense, inputs)
+    floats = pixels * out_channels + min(inputs * pixels / dense, inputs)
     groups = f" in {call.groups} groups" if call.groups > 1 else ""
     return {
         "layer": f"{channels} to {out_channels}, {kernel}x{kernel}, stride {stride}{groups}, "
         f"{call.out.shape[1]}x{call.out.shape[2]}",
         "pixels": pixels,
         "macs": int(pixels * multiplications(call) * out_channels // call.groups),
-        "bytes": 4 * floats,
+        "bytes": call.weights.nbytes + 4 * floats,
     }
 
 

@@ -1474,6 +1474,12 @@ def test_digits_exclude_others_in_the_operator(groups: int) -> None:
         operators.check_convolution(case.arguments()._replace(weights=weights))
 
 
+def test_sums_of_digits_have_to_fit() -> None:
+    a = Case(channels=((1 << 15) + 1,), out_channels=1, window=POINTWISE, digits=True).arguments()
+    with pytest.raises(PagError, match="1 taps and 32769 channels: expected at most 32768"):
+        operators.check_convolution(a)
+
+
 def test_what_is_computed_in_digits() -> None:
     weight = torch.ones(16, 64, 3, 3)
     with kernels.using("auto"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.kernels.packing import (
+    MOST_DEPTH_IN_DIGITS,
     TRANSFORMED_PARTS,
     compressed_sizes,
     digits_sizes,
@@ -288,6 +289,11 @@ def _check_weights(a: ConvolutionArguments, channels: int) -> None:
         )
     if a.groups > 1:
         raise PagError(f"weights from {made_by} with groups={a.groups}: expected one group")
+    if a.in_digits and taps * channels > MOST_DEPTH_IN_DIGITS:
+        raise PagError(
+            f"weights in digits of {taps} taps and {channels} channels: expected at most "
+            f"{MOST_DEPTH_IN_DIGITS} of them together, so that sums fit 32 bits"
+        )
     if a.in_digits and a.winograd:
         raise PagError("winograd with weights in digits: expected floats, or compressed ones")
 

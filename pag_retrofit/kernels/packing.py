@@ -35,6 +35,7 @@ _WORDS = 16  # of a cache line, at which the steps begin
 _DIGITS, _BASE = 3, 256
 _MOST_IN_DIGITS = 127 * _BASE**2  # a little less than 127, 127, 127
 DIGITS_DEPTH, _FOUR = 64, 4  # rows of a step, and those that lie together
+MOST_DEPTH_IN_DIGITS = 1 << 15  # rows: so many products of digits still add up in 32 bits
 TRANSFORMED_SIDE = 4
 TRANSFORMED_PARTS = TRANSFORMED_SIDE**2
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))

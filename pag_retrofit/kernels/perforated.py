@@ -19,6 +19,7 @@ from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
 from pag_retrofit.kernels.operators import backend, convolve, visible
 from pag_retrofit.kernels.packing import (
     DIGITS_DEPTH,
+    MOST_DEPTH_IN_DIGITS,
     NARROW,
     compress,
     in_digits,
@@ -33,7 +34,6 @@ _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
 _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
 _LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
-_MOST_DEPTH_IN_DIGITS = 1 << 15  # as many products of digits still add up in 32 bits
 
 
 class PixelList(NamedTuple):
@@ -272,7 +272,7 @@ def prefers_digits(weight: Tensor, groups: int) -> bool:
     return (
         groups == 1
         and weight.shape[0] >= NARROW
-        and _LEAST_DEPTH_IN_DIGITS <= depth <= _MOST_DEPTH_IN_DIGITS
+        and _LEAST_DEPTH_IN_DIGITS <= depth <= MOST_DEPTH_IN_DIGITS
         and (depth == channels or channels % DIGITS_DEPTH == 0)
         and backend() is native
         and native.multiplies_digits()
