@@ -1175,6 +1175,16 @@ def test_packing_keeps_every_weight(
     assert torch.equal(unpack_weight(packed, *sizes, kernel), weight)
 
 
+def weight_of_many_sizes(
+    out_channels: int, channels: int, kernel: tuple[int, int], seed: int
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_channels, channels, *kernel, generator=generator)
+    weight *= 10.0 ** torch.randint(-44, 12, (out_channels, 1, 1, 1), generator=generator)
+    weight[0] = 0
+    return weight
+
+
 @given(
     out_channels=st.integers(1, 70), channels=st.integers(1, 9), kernel=PAIRS,
     seed=st.integers(0, 99),
@@ -1182,11 +1192,7 @@ def test_packing_keeps_every_weight(
 def test_compressing_rounds_to_24_bits(
     out_channels: int, channels: int, kernel: tuple[int, int], seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_channels, channels, *kernel, generator=generator)
-    weight *= 10.0 ** torch.randint(-44, 12, (out_channels, 1, 1, 1), generator=generator)
-    weight[0] = 0
-    taps = math.prod(kernel)
+    weight, taps = weight_of_many_sizes(out_channels, channels, kernel, seed), math.prod(kernel)
     packed = pack_weight(weight)
     words = compress(packed, out_channels, channels, taps)
     begin, size = compressed_sizes(out_channels, packed.numel())
@@ -1310,11 +1316,7 @@ def test_large_finite_weights_are_compressed() -> None:
 def test_digits_round_to_their_step(
     out_channels: int, channels: int, kernel: tuple[int, int], seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_channels, channels, *kernel, generator=generator)
-    weight *= 10.0 ** torch.randint(-44, 12, (out_channels, 1, 1, 1), generator=generator)
-    weight[0] = 0
-    taps = math.prod(kernel)
+    weight, taps = weight_of_many_sizes(out_channels, channels, kernel, seed), math.prod(kernel)
     stored = in_digits(pack_weight(weight), out_channels, channels, taps)
     begin, size = digits_sizes(out_channels, channels, taps)
     assert stored.shape == (size,)

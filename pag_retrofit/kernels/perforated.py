@@ -247,15 +247,8 @@ def prefers_compressed(weight: Tensor, groups: int) -> bool:
         weight: (out, in / groups, kh, kw).
         groups: Of the convolution.
     """
-    return (
-        groups == 1
-        and weight.numel() >= _WEIGHTS_TO_COMPRESS
-        and weight.shape[0] >= NARROW
-        and backend() is native
-        and native.expands()
-        and bool(weight.isfinite().all())
-        and _is_even(weight)
-    )
+    large = weight.numel() >= _WEIGHTS_TO_COMPRESS
+    return large and _may_round(weight, groups) and native.expands()
 
 
 def prefers_digits(weight: Tensor, groups: int) -> bool:
@@ -270,12 +263,19 @@ def prefers_digits(weight: Tensor, groups: int) -> bool:
     """
     depth, channels = weight[0].numel(), weight.shape[1]
     return (
+        _LEAST_DEPTH_IN_DIGITS <= depth <= MOST_DEPTH_IN_DIGITS
+        and (depth == channels or channels % DIGITS_DEPTH == 0)
+        and _may_round(weight, groups)
+        and native.multiplies_digits()
+    )
+
+
+def _may_round(weight: Tensor, groups: int) -> bool:
+    """Whether native kernels take a weight as whole numbers, and it loses little by that."""
+    return (
         groups == 1
         and weight.shape[0] >= NARROW
-        and _LEAST_DEPTH_IN_DIGITS <= depth <= MOST_DEPTH_IN_DIGITS
-        and (depth == channels or channels % DIGITS_DEPTH == 0)
         and backend() is native
-        and native.multiplies_digits()
         and bool(weight.isfinite().all())
         and _is_even(weight)
     )
