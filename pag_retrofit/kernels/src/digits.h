@@ -219,19 +219,18 @@ struct DigitConvolution {
   // neighbours do, its digits are copied.
   struct Sharing {
     const float* const* rows;
-    int pixels, sources, columns, end, back;
+    int pixels, sources, end, back;
 
     Sharing(const TileRows& tile, const float* const* rows, const pag_convolution& call, int end)
-        : rows(rows), pixels(tile.pixels), sources(call.source_count), columns(call.kernel[1]),
-          end(end), back(call.dilation[1] % call.stride[1] ? MAX_TILE
-                                                           : call.dilation[1] / call.stride[1]) {}
+        : rows(rows), pixels(tile.pixels), sources(call.source_count), end(end),
+          back(call.dilation[1] % call.stride[1] ? MAX_TILE : call.dilation[1] / call.stride[1]) {}
 
     PAG_INLINE const float* row(int tap, int source, int i) const {
       return rows[(int64_t)(tap * sources + source) * pixels + i];
     }
 
     PAG_INLINE bool operator()(int tap, int source, int i) const {
-      return i >= back && tap + 1 < end && tap % columns + 1 < columns &&
+      return i >= back && tap + 1 < end &&
              row(tap, source, i) == row(tap + 1, source, i - back);
     }
   };
@@ -379,7 +378,8 @@ struct DigitConvolution {
       const int64_t lines = (2 * STEP_BYTES / 64 + count - 1) / count;
       for (int32_t index = block_begin; index < block_end; index++) {
         const pag_block block = block_at(plan, index);
-        const int8_t* next = (const int8_t*)block.compressed + 2 * block.half + taps.first_step * STEP_BYTES;
+        const int8_t* next =
+            (const int8_t*)block.compressed + 2 * block.half + taps.first_step * STEP_BYTES;
         float* kept = scratch.kept + (int64_t)(index - block_begin) * plan.group * TILE_ROWS * BLOCK;
         for (int t = 0; t < count; t++, kept += TILE_ROWS * BLOCK) {
           const int8_t* input = scratch.digits + t * tile_bytes;
