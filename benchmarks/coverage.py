@@ -225,7 +225,7 @@ def run(
                 if record is None:
                     continue
                 running.remove(job)
-                record["commit"] = results["environment"]["commit"]
+                record |= {key: results["environment"][key] for key in ("commit", "cpu")}
                 results["networks"][job.case.id] = record
                 write_json(path, results)
                 progress.update(task, advance=1, description=job.case.id)

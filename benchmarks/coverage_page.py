@@ -100,14 +100,15 @@ def _summary_rows(title: str, records: dict[str, Any], deployed: dict[str, Any])
 
 def deployment(results: dict[str, Any]) -> str:
     """Deployed networks that are not like the others."""
-    environment = results["environment"]
+    offered = _offered(results["networks"])
+    torch_version = results["environment"]["packages"]["torch"]
+    processors = " and ".join(sorted({record["cpu"] for record in offered.values()}))
     lines = [
-        f"Tried: {len(_offered(results['networks']))} networks, with torch "
-        f"{environment['packages']['torch']}, on {environment['cpu']}.\n",
+        f"Tried: {len(offered)} networks, with torch {torch_version}, on {processors}.\n",
         "| network | largest difference | by rounding | run by torch |",
         "|---|---:|---:|---:|",
     ]
-    for name, r in sorted(_offered(results["networks"]).items()):
+    for name, r in sorted(offered.items()):
         rounded = f"{r['rounding']:.1e}" if r.get("rounding") else ""
         share = f"{r['by_torch']:.1%}" if r.get("by_torch", 0) >= LEAST_BY_TORCH else ""
         if r["status"] != "ok":

@@ -1,4 +1,4 @@
-"""Writes into memory that an exported graph has several names for.
+"""Memory that an exported graph has several names for, and writes into it.
 
 In an exported graph the result of an operator that works in place stands for the tensor it wrote
 from then on, but not for other views of that memory, nor for what it is a view of: after
@@ -8,10 +8,14 @@ so what is read later has to be put together from what was there and what was wr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from pag_retrofit.locality import Node, operator_name
+from pag_retrofit.locality import VIEWS, Node, operator_name
 
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
 """Size, strides and offset of a tensor in its memory."""
@@ -37,6 +41,29 @@ def spread_writes(graph: fx.Graph) -> None:
         sharing.append(node)
         if stale:
             sharing += _spread(graph, node, stale, sharing, order)
+
+
+def may_give_a_view(node: Node, function: Callable[..., Any]) -> bool:
+    """Whether a result may look into the memory of an argument.
+
+    Not all operators of torch that do so say so (`meshgrid` does not), and of some it depends on
+    how arguments lie in memory.
+
+    Args:
+        node: Of an exported program, with the values that it was traced with.
+        function: What is called in its place.
+    """
+    schema = getattr(function, "_schema", None)
+    if schema is None or operator_name(node) in VIEWS or any(r.alias_info for r in schema.returns):
+        return True
+    read = {memory for parent in node.all_input_nodes for memory in _memories(parent)}
+    return function is node.target and not read.isdisjoint(_memories(node))
+
+
+def _memories(node: Node) -> list[int]:
+    """Of the tensors that a node stands for."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return [int(x.untyped_storage()._cdata) for x in leaves if isinstance(x, Tensor)]
 
 
 def _is_stale(name: Node, write: Node, order: dict[Node, int]) -> bool:

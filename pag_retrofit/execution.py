@@ -37,7 +37,6 @@ from pag_retrofit.demand import (
 )
 from pag_retrofit.functional import POINTWISE, Window
 from pag_retrofit.gates import Gate, MaskOverride, PixelGate
-from pag_retrofit.locality import VIEWS
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.policies import InputFreeGate, LayerGate
 
@@ -898,19 +897,14 @@ class Call(Step):
         arguments: Positional ones; `Value` for those that are values.
         keywords: Keyword arguments.
         pixelwise: Each pixel of the result depends on the same pixel of the maps it reads.
+        gives_a_view: The result may look into the memory of an argument.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     pixelwise: tuple[str, ...] = ()
-
-    @property
-    def gives_a_view(self) -> bool:
-        """Whether the result may look into the memory of an argument."""
-        schema = getattr(self.function, "_schema", None)
-        name = schema.name.split("::")[1] if schema else ""
-        return not schema or name in VIEWS or any(r.alias_info for r in schema.returns)
+    gives_a_view: bool = False
 
     def reads(self) -> Iterator[str]:
         """All values among its arguments."""

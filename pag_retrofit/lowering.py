@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pag_retrofit import kernels
+from pag_retrofit.aliasing import may_give_a_view
 from pag_retrofit.demand import EVERYWHERE, Demand, Masked, both
 from pag_retrofit.execution import (
     Activate,
@@ -897,13 +898,15 @@ class _Lowering:
             for parent in parents
             if is_pixelwise(node) and shape_of(parent)[-2:] == shape_of(node)[-2:]
         )
+        function = out_of_place(node)
         self.state.steps.append(
             Call(
                 writes=node.name,
-                function=out_of_place(node),
+                function=function,
                 arguments=arguments,
                 keywords=dict(keywords),
                 pixelwise=maps,
+                gives_a_view=may_give_a_view(node, function),
             )
         )
         self.state.made.add(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -130,3 +131,39 @@ def test_memory_of_two_types_is_refused() -> None:
     gated = gate_all(randomize(Retyped()).eval(), (2, 3, 16, 12))
     with pytest.raises(pag.PagError, match=r"float32 in place where view.* reads torch.int32"):
         pag.deploy(gated)(torch.randn(2, 3, 16, 12))
+
+
+class Placed(Around):
+    """Weighs a map by where its pixels are: operators that give views without saying so."""
+
+    def __init__(self, places: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        rows = y.mean((0, 1, 3)) + 0.5
+        columns = y.mean((0, 1, 2)) * 2
+        first, second = self.places(rows, columns)
+        shifted = columns.square().add(1.0).repeat(32)  # takes the memory of what is let go
+        return y * first + second * shifted.mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "places",
+    [
+        lambda rows, columns: torch.meshgrid(rows, columns, indexing="ij"),
+        lambda rows, columns: torch.broadcast_tensors(rows[:, None], columns),
+        lambda rows, columns: (torch.einsum("ij->ji", columns[None]).T, rows[:, None]),
+    ],
+    ids=["meshgrid", "broadcast_tensors", "einsum"],
+)
+def test_operators_may_give_views_without_saying_so(
+    places: Callable[[Tensor, Tensor], Sequence[Tensor]],
+) -> None:
+    torch.manual_seed(0)
+    gated = gate_all(randomize(Placed(places)).eval(), (2, 3, 16, 12))
+    deployed = pag.deploy(gated)
+    for _ in range(3):  # recorded, and repeated
+        agree(gated, deployed, torch.randn(2, 3, 16, 12), 0.5)
