@@ -34,6 +34,8 @@ _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
 _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
 _LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
+_MATRIX = DIGITS_DEPTH * NARROW  # bytes that are multiplied at once, of digits
+_PAGE = 4096
 
 
 class PixelList(NamedTuple):
@@ -291,13 +293,14 @@ def _is_even(weight: Tensor) -> bool:
 def lay_together(layers: Sequence[PerforatedConvolution]) -> None:
     """Move the packed weights of layers into one piece of memory, in their order.
 
-    Weights of a whole network are read once in a pass, from memory: large pages help with that.
+    Weights of a whole network are read once in a pass, from memory: large pages help with that, and
+    that no matrix of digits lies across pages.
     """
-    line = 16  # floats of a cache line
-    sizes = [-(-layer.weights.nbytes // (4 * line)) * line for layer in layers]
-    parts = backend().empty(sum(sizes)).split(sizes)
+    sizes = [-(-layer.weights.nbytes // _MATRIX) * _MATRIX for layer in layers]
+    memory = backend().empty((sum(sizes) + _PAGE) // 4).view(torch.int8)
+    parts = memory[-memory.data_ptr() % _PAGE :][: sum(sizes)].split(sizes)
     for layer, part in zip(layers, parts, strict=True):
-        weights = part.view(layer.weights.dtype)[: layer.weights.numel()]
+        weights = part[: layer.weights.nbytes].view(layer.weights.dtype)
         layer.weights = weights.copy_(layer.weights)
 
 

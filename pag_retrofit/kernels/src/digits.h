@@ -26,7 +26,7 @@ struct TileConfiguration {
   uint8_t rows[16] = {};
 };
 
-// Tiles, as text, for they become names of registers. Tiles 0 to 5 hold sums.
+// Tiles, as text, for they become names of registers. Tiles 0 to 5 hold sums, or input.
 #define PAG_INPUT 6
 #define PAG_WEIGHTS 7
 
@@ -112,71 +112,132 @@ PAG_INLINE int8_t* write_digits(const float* x, int64_t length, float per_step, 
 }
 
 // --- multiplication ----------------------------------------------------------------------------
+//
+// What one digit of the weights and one of the input make belongs to one of three sums. Tiles of
+// weights have to come from memory, or a cache, as often as they are multiplied with another tile of
+// input, unless registers hold them, so it depends on how many tiles of pixels there are.
 
-// Sums of one tile of pixels and up to 32 columns: (digits' weight, 16 columns, pixel, column).
+// Of 16 columns and two tiles of pixels, or of 32 columns and one: (digits' weight, which of the two,
+// pixel, column).
 struct DigitSums {
   alignas(64) int32_t at[DIGITS][2][TILE_ROWS][LANES];
 };
 
-// What is asked for while a tile is multiplied: so many lines in each step.
-struct Ahead {
-  const int8_t* at;
-  int64_t lines;
-};
-
-constexpr int DIGITS_AHEAD = 2 * STEP_BYTES;
-
-// Ask for the weights of a digit two steps on.
-template <bool ASK>
-PAG_INLINE void ask_ahead(const int8_t* weights) {
-  if (ASK)
-    for (int at = 0; at < DIGIT_BYTES; at += 64) __builtin_prefetch(weights + DIGITS_AHEAD + at, 0, 3);
-}
-
-// ONCE: weights are read for this tile alone, and waited for; else they were asked for before.
-template <int HALVES, bool ONCE>
-PAG_OUTLINE void multiply_digits(const int8_t* input, const int8_t* weights, int64_t half,
-                                 int64_t steps, Ahead ahead, DigitSums& sums) {
+template <bool BOTH>
+PAG_INLINE void start_sums() {
   _tile_zero(0);
   _tile_zero(2);
   _tile_zero(4);
-  if (HALVES == 2) {
+  if (BOTH) {
     _tile_zero(1);
     _tile_zero(3);
     _tile_zero(5);
   }
-// One digit of the input and one of the weights, for the sums of both halves.
-#define PAG_MULTIPLY(DIGIT, SUM, OTHER, FIRST)                                        \
-  _tile_loadd(PAG_WEIGHTS, weights + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);            \
-  ask_ahead<ONCE && FIRST>(weights + (DIGIT) * DIGIT_BYTES);                          \
-  _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);                                          \
-  if (HALVES == 2) {                                                                  \
-    _tile_loadd(PAG_WEIGHTS, weights + half + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);   \
-    ask_ahead<ONCE && FIRST>(weights + half + (DIGIT) * DIGIT_BYTES);                 \
-    _tile_dpbssd(OTHER, PAG_INPUT, PAG_WEIGHTS);                                      \
-  }
-  for (int64_t step = 0; step < steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
-    for (int64_t line = 0; !ONCE && line < ahead.lines; line++, ahead.at += 64)
-      __builtin_prefetch(ahead.at, 0, 2);
-    _tile_loadd(PAG_INPUT, input, DIGITS_DEPTH);  // the highest digits
-    PAG_MULTIPLY(0, 0, 1, true)
-    PAG_MULTIPLY(1, 2, 3, true)
-    PAG_MULTIPLY(2, 4, 5, true)
-    _tile_loadd(PAG_INPUT, input + DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 2, 3, false)
-    PAG_MULTIPLY(1, 4, 5, false)
-    _tile_loadd(PAG_INPUT, input + 2 * DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 4, 5, false)
-  }
-#undef PAG_MULTIPLY
+}
+
+template <bool BOTH>
+PAG_INLINE void store_sums(DigitSums& sums) {
   _tile_stored(0, sums.at[0][0], DIGITS_DEPTH);
   _tile_stored(2, sums.at[1][0], DIGITS_DEPTH);
   _tile_stored(4, sums.at[2][0], DIGITS_DEPTH);
-  if (HALVES == 2) {
+  if (BOTH) {
     _tile_stored(1, sums.at[0][1], DIGITS_DEPTH);
     _tile_stored(3, sums.at[1][1], DIGITS_DEPTH);
     _tile_stored(5, sums.at[2][1], DIGITS_DEPTH);
   }
+}
+
+// Ask for some bytes of weights, to be kept in the first cache or the second.
+template <int CACHE>
+PAG_INLINE void ask_for(const int8_t* weights, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(weights + at, 0, 4 - CACHE);
+}
+
+// 16 columns of one tile. All its digits are held, weights pass by once. Each step asks for the next
+// one; the last for the first of what comes next.
+PAG_OUTLINE void multiply_one(const int8_t* input, const int8_t* weights, int64_t steps,
+                              const int8_t* next, DigitSums& sums) {
+  start_sums<false>();
+  for (int64_t step = 1; step <= steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
+    const int8_t* ahead = step < steps ? weights + STEP_BYTES : next;
+    _tile_loadd(1, input, DIGITS_DEPTH);  // the highest digits
+    _tile_loadd(3, input + DIGIT_BYTES, DIGITS_DEPTH);
+    _tile_loadd(5, input + 2 * DIGIT_BYTES, DIGITS_DEPTH);
+    _tile_loadd(PAG_WEIGHTS, weights, DIGITS_DEPTH);
+    ask_for<1>(ahead, DIGIT_BYTES);
+    _tile_dpbssd(0, 1, PAG_WEIGHTS);
+    _tile_dpbssd(2, 3, PAG_WEIGHTS);
+    _tile_dpbssd(4, 5, PAG_WEIGHTS);
+    _tile_loadd(PAG_WEIGHTS, weights + DIGIT_BYTES, DIGITS_DEPTH);
+    ask_for<1>(ahead + DIGIT_BYTES, DIGIT_BYTES);
+    _tile_dpbssd(2, 1, PAG_WEIGHTS);
+    _tile_dpbssd(4, 3, PAG_WEIGHTS);
+    _tile_loadd(PAG_WEIGHTS, weights + 2 * DIGIT_BYTES, DIGITS_DEPTH);
+    ask_for<1>(ahead + 2 * DIGIT_BYTES, DIGIT_BYTES);
+    _tile_dpbssd(4, 1, PAG_WEIGHTS);
+  }
+  store_sums<false>(sums);
+}
+
+// The same of two tiles, the second `other` bytes behind the first.
+PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* weights,
+                              int64_t steps, const int8_t* next, DigitSums& sums) {
+  start_sums<true>();
+#define PAG_MULTIPLY(DIGIT, SUM, OTHER_SUM)                                    \
+  _tile_loadd(PAG_INPUT, input + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);         \
+  _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);                                   \
+  ask_for<2>(ahead, DIGIT_BYTES / 2);                                          \
+  ahead += DIGIT_BYTES / 2;                                                    \
+  _tile_loadd(PAG_INPUT, input + other + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH); \
+  _tile_dpbssd(OTHER_SUM, PAG_INPUT, PAG_WEIGHTS);
+  for (int64_t step = 1; step <= steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
+    const int8_t* ahead = step < steps ? weights + STEP_BYTES : next;
+    _tile_loadd(PAG_WEIGHTS, weights, DIGITS_DEPTH);  // the highest digits
+    PAG_MULTIPLY(0, 0, 1)
+    PAG_MULTIPLY(1, 2, 3)
+    PAG_MULTIPLY(2, 4, 5)
+    _tile_loadd(PAG_WEIGHTS, weights + DIGIT_BYTES, DIGITS_DEPTH);
+    PAG_MULTIPLY(0, 2, 3)
+    PAG_MULTIPLY(1, 4, 5)
+    _tile_loadd(PAG_WEIGHTS, weights + 2 * DIGIT_BYTES, DIGITS_DEPTH);
+    PAG_MULTIPLY(0, 4, 5)
+  }
+#undef PAG_MULTIPLY
+  store_sums<true>(sums);
+}
+
+// One of many tiles, with up to 32 columns, whose weights are cached. After each product it asks for
+// `lines` of what comes next.
+template <int HALVES, bool ASK>
+PAG_OUTLINE void multiply_many(const int8_t* input, const int8_t* weights, int64_t half,
+                               int64_t steps, const int8_t* next, int64_t lines, DigitSums& sums) {
+  start_sums<HALVES == 2>();
+#define PAG_MULTIPLY_HALF(AT, SUM)              \
+  _tile_loadd(PAG_WEIGHTS, AT, DIGITS_DEPTH);   \
+  _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);    \
+  if (ASK) {                                    \
+    ask_for<2>(next, lines * 64);               \
+    next += lines * 64;                         \
+  }
+#define PAG_MULTIPLY(DIGIT, SUM, OTHER_SUM)                                                   \
+  PAG_MULTIPLY_HALF(weights + (DIGIT) * DIGIT_BYTES, SUM)                                     \
+  if (HALVES == 2) {                                                                          \
+    PAG_MULTIPLY_HALF(weights + half + (DIGIT) * DIGIT_BYTES, OTHER_SUM)                      \
+  }
+  for (int64_t step = 0; step < steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
+    _tile_loadd(PAG_INPUT, input, DIGITS_DEPTH);  // the highest digits
+    PAG_MULTIPLY(0, 0, 1)
+    PAG_MULTIPLY(1, 2, 3)
+    PAG_MULTIPLY(2, 4, 5)
+    _tile_loadd(PAG_INPUT, input + DIGIT_BYTES, DIGITS_DEPTH);
+    PAG_MULTIPLY(0, 2, 3)
+    PAG_MULTIPLY(1, 4, 5)
+    _tile_loadd(PAG_INPUT, input + 2 * DIGIT_BYTES, DIGITS_DEPTH);
+    PAG_MULTIPLY(0, 4, 5)
+  }
+#undef PAG_MULTIPLY
+#undef PAG_MULTIPLY_HALF
+  store_sums<HALVES == 2>(sums);
 }
 
 // --- all of it ---------------------------------------------------------------------------------
@@ -189,6 +250,16 @@ struct TapRange {
   int begin, end;
   int64_t first_step, steps;
   bool first, last;
+};
+
+// Tiles whose digits are made together.
+struct TileGroup {
+  int count;
+  Epilogue epilogue[PAG_DIGITS_GROUP];
+  float of_input[PAG_DIGITS_GROUP][TILE_ROWS];
+  int64_t begin[PAG_DIGITS_GROUP + 1];  // of their pixels, among all that are listed
+
+  int pixels(int t) const { return (int)(begin[t + 1] - begin[t]); }
 };
 
 template <bool SMALL>
@@ -308,10 +379,11 @@ struct DigitConvolution {
   }
 
   // Sums as floats: added to those of taps before, and finished and written, or kept for taps behind.
+  // `first` is which of the two that sums are of comes first.
   template <int HALVES>
-  PAG_INLINE void finish_tile(const Epilogue& e, const DigitSums& sums, const TapRange& taps,
-                              const float* of_input, int pixels, const pag_block& block,
-                              float* kept) {
+  PAG_INLINE void finish_tile(const Epilogue& e, const DigitSums& sums, int first,
+                              const TapRange& taps, const float* of_input, int pixels,
+                              const pag_block& block, float* kept) {
     alignas(64) float buffer[TILE_ROWS * HALVES * LANES];
     const float high = e.activation == PAG_RELU6 ? 6.f : INFINITY;
     float* to = taps.last ? buffer : kept;
@@ -330,7 +402,7 @@ struct DigitConvolution {
         Vector part[DIGITS];
         PAG_UNROLL
         for (int d = 0; d < DIGITS; d++)
-          part[d] = (Vector)_mm512_cvtepi32_ps(_mm512_load_si512(sums.at[d][j][i]));
+          part[d] = (Vector)_mm512_cvtepi32_ps(_mm512_load_si512(sums.at[d][first + j][i]));
         Vector y = (part[0] * 256.f + part[1]) * 256.f + part[2];
         y = y * (step[j] * of_input[i]) + bias[j];
         if (!taps.first) y += load(kept + place);
@@ -347,51 +419,81 @@ struct DigitConvolution {
       finish(e, buffer, pixels, HALVES * LANES, block.column, block.columns);
   }
 
-  template <int HALVES, bool ONCE>
-  PAG_INLINE void multiply(const pag_block& block, const TapRange& taps, Ahead ahead,
-                           const int8_t* input, const float* of_input, int pixels,
-                           const Epilogue& e, float* kept) {
+  const int8_t* weights_of(const pag_block& block, const TapRange& taps) const {
+    return (const int8_t*)block.compressed + taps.first_step * STEP_BYTES;
+  }
+
+  // One or two tiles, for each half of a block.
+  void multiply_few(const pag_block& block, const TapRange& taps, const TileGroup& group,
+                    float* kept) {
     DigitSums sums;
-    const int8_t* weights = (const int8_t*)block.compressed + taps.first_step * STEP_BYTES;
-    multiply_digits<HALVES, ONCE>(input, weights, block.half, taps.steps, ahead, sums);
-    PAG_FENCE;
-    finish_tile<HALVES>(e, sums, taps, of_input, pixels, block, kept);
+    const int8_t* weights = weights_of(block, taps);
+    pag_block part = block;
+    for (int half = 0; part.columns > 0; half++, weights += block.half) {
+      const int8_t* next = weights + block.half;
+      if (group.count == 1)
+        multiply_one(scratch.digits, weights, taps.steps, next, sums);
+      else
+        multiply_two(scratch.digits, tile_bytes, weights, taps.steps, next, sums);
+      PAG_FENCE;
+      part.columns = std::min(part.columns, LANES);
+      for (int t = 0; t < group.count; t++)
+        finish_tile<1>(group.epilogue[t], sums, t, taps, group.of_input[t], group.pixels(t), part,
+                       kept + (2 * t + half) * TILE_ROWS * LANES);
+      part.column += LANES;
+      part.columns = block.columns - (half + 1) * LANES;
+    }
+  }
+
+  // More tiles. While they are multiplied, the memory is asked for the weights of the next block, by
+  // the first eight.
+  template <int HALVES>
+  void multiply_all(const pag_block& block, const TapRange& taps, const TileGroup& group,
+                    float* kept) {
+    constexpr int LINES = 8;
+    DigitSums sums;
+    const int8_t *weights = weights_of(block, taps), *next = weights + HALVES * block.half;
+    const int64_t lines = (LINES + group.count - 1) / group.count;
+    for (int t = 0; t < group.count; t++, kept += TILE_ROWS * BLOCK) {
+      const int8_t* input = scratch.digits + t * tile_bytes;
+      const int64_t asked = std::min(lines, LINES - t * lines);
+      if (asked > 0) {
+        multiply_many<HALVES, true>(input, weights, block.half, taps.steps, next, asked, sums);
+        next += asked * taps.steps * (2 * HALVES * DIGITS) * 64;
+      } else {
+        multiply_many<HALVES, false>(input, weights, block.half, taps.steps, next, 0, sums);
+      }
+      PAG_FENCE;
+      finish_tile<HALVES>(group.epilogue[t], sums, 0, taps, group.of_input[t], group.pixels(t),
+                          block, kept);
+    }
   }
 
   // Tiles whose input stays cached while the weights of some taps pass by.
   void run_group(int32_t block_begin, int32_t block_end, int64_t tile_begin, int64_t tile_end) {
-    Epilogue e[PAG_DIGITS_GROUP];
-    float of_input[PAG_DIGITS_GROUP][TILE_ROWS];
-    int64_t begin[PAG_DIGITS_GROUP + 1];
-    const int count = (int)(tile_end - tile_begin);
-    for (int t = 0; t <= count; t++) begin[t] = tile_start(plan, tile_begin + t);
-    for (int t = 0; t < count; t++) {
-      start_epilogue(*plan.call, (int)(begin[t + 1] - begin[t]), e[t]);
-      aim_epilogue<SMALL>(plan, begin[t], (int)(begin[t + 1] - begin[t]), e[t]);
+    TileGroup group;
+    group.count = (int)(tile_end - tile_begin);
+    for (int t = 0; t <= group.count; t++) group.begin[t] = tile_start(plan, tile_begin + t);
+    for (int t = 0; t < group.count; t++) {
+      start_epilogue(*plan.call, group.pixels(t), group.epilogue[t]);
+      aim_epilogue<SMALL>(plan, group.begin[t], group.pixels(t), group.epilogue[t]);
     }
     for (int part = 0; part < plan.parts; part++) {
       const TapRange taps = range(part);
-      for (int t = 0; t < count; t++)
-        write_tile(begin[t], begin[t + 1], taps, scratch.digits + t * tile_bytes, of_input[t]);
+      for (int t = 0; t < group.count; t++)
+        write_tile(group.begin[t], group.begin[t + 1], taps, scratch.digits + t * tile_bytes,
+                   group.of_input[t]);
       PAG_FENCE;
-      // While a block is multiplied, the memory is asked for as many weights as the next one has.
-      const int64_t lines = (2 * STEP_BYTES / 64 + count - 1) / count;
+      float* kept = scratch.kept;
       for (int32_t index = block_begin; index < block_end; index++) {
         const pag_block block = block_at(plan, index);
-        const int8_t* next =
-            (const int8_t*)block.compressed + 2 * block.half + taps.first_step * STEP_BYTES;
-        float* kept = scratch.kept + (int64_t)(index - block_begin) * plan.group * TILE_ROWS * BLOCK;
-        for (int t = 0; t < count; t++, kept += TILE_ROWS * BLOCK) {
-          const int8_t* input = scratch.digits + t * tile_bytes;
-          const int pixels = (int)(begin[t + 1] - begin[t]);
-          const Ahead ahead = {next + t * lines * taps.steps * 64, lines};
-          if (block.width < BLOCK)
-            multiply<1, false>(block, taps, ahead, input, of_input[t], pixels, e[t], kept);
-          else if (count == 1)
-            multiply<2, true>(block, taps, ahead, input, of_input[t], pixels, e[t], kept);
-          else
-            multiply<2, false>(block, taps, ahead, input, of_input[t], pixels, e[t], kept);
-        }
+        if (group.count <= 2)
+          multiply_few(block, taps, group, kept);
+        else if (block.width < BLOCK)
+          multiply_all<1>(block, taps, group, kept);
+        else
+          multiply_all<2>(block, taps, group, kept);
+        kept += plan.group * TILE_ROWS * BLOCK;
       }
     }
   }
