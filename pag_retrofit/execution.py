@@ -481,7 +481,7 @@ class PoolAtOnce(Step):
 
 @dataclass(kw_only=True)
 class Resize(Step):
-    """A map of another size: bilinear interpolation, antialiased or not.
+    """A map of another size: bilinear interpolation, antialiased or not, or the nearest pixels.
 
     Args:
         source: Name of the map, (B, C, H, W).

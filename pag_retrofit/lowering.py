@@ -639,13 +639,11 @@ class _Lowering:
         low, high = shape_of(source)[2:], shape_of(node)[2:]
         factor = high[0] // max(low[0], 1)
         doubled = factor > 1 and factor & (factor - 1) == 0
-        if not doubled or high != (low[0] * factor, low[1] * factor):
-            return False
-        if not self._read_by_kernels(node):
-            return False
-        self.make(source)
-        self.state.virtual[node] = _Parts((Source(source.name, "BCHW", factor),))
-        return True
+        if doubled and high == (low[0] * factor, low[1] * factor) and self._read_by_kernels(node):
+            self.make(source)
+            self.state.virtual[node] = _Parts((Source(source.name, "BCHW", factor),))
+            return True
+        return self._resize(node, torch.ops.aten.upsample_nearest2d.default)
 
     def _visit_cat(self, node: Node, dry: bool = False) -> bool:
         axis = node.args[1] if len(node.args) > 1 else 0
@@ -755,19 +753,25 @@ class _Lowering:
             self.not_negative.add(node)
         return True
 
+    def _visit__upsample_nearest_exact2d(self, node: Node) -> bool:
+        return self._resize(node, torch.ops.aten._upsample_nearest_exact2d.default)
+
     def _visit_upsample_bilinear2d(self, node: Node) -> bool:
-        return self._resize(node, torch.ops.aten.upsample_bilinear2d.default)
+        return self._resize(node, torch.ops.aten.upsample_bilinear2d.default, node.args[2])
 
     def _visit__upsample_bilinear2d_aa(self, node: Node) -> bool:
-        return self._resize(node, torch.ops.aten._upsample_bilinear2d_aa.default)
+        return self._resize(node, torch.ops.aten._upsample_bilinear2d_aa.default, node.args[2])
 
-    def _resize(self, node: Node, operator: Callable[..., Tensor]) -> bool:
-        """Take rows and columns as weighted sums; an operator tells the weights itself."""
+    def _resize(self, node: Node, operator: Callable[..., Tensor], *options: Any) -> bool:
+        """Take rows and columns as weighted sums; an operator tells the weights itself.
+
+        Its arguments are the map, the new size, options, and by how much each axis grows.
+        """
         source = self.real(node.args[0])
         before, after = shape_of(source), shape_of(node)
-        if node.meta["val"].dtype is not torch.float32 or len(node.args) < 3:
+        if node.meta["val"].dtype is not torch.float32:
             return False
-        aligned, given = bool(node.args[2]), node.args[3:]
+        given = node.args[2 + len(options) :]
         factors = given if len(given) == 2 else given[0] if given else None
         if not isinstance(factors, list | tuple | None):
             return False
@@ -776,7 +780,7 @@ class _Lowering:
             size, wanted = before[2 + axis], after[2 + axis]
             whole = torch.eye(size)[None, None]
             factor = factors[axis] if factors else None
-            matrix = operator(whole, [wanted, size], aligned, factor, None)[0, 0]
+            matrix = operator(whole, [wanted, size], *options, factor, None)[0, 0]
             taps.append(kernels.Taps.of_matrix(matrix))
         self.make(source)
         buffer = Buffer((after[0], after[2], after[3], after[1]), "BCHW")

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -654,7 +654,8 @@ def test_group_norm(activation: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_a_shortcut_takes_over_what_an_operator_of_torch_has_made() -> None:
+@pytest.mark.parametrize("last", [torch.sin, torch.neg, lambda x: x], ids=["sin", "neg", "none"])
+def test_a_shortcut_takes_over_what_was_made_for_it(last: Callable[[Tensor], Tensor]) -> None:
     class Pyramid(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -662,7 +663,7 @@ def test_a_shortcut_takes_over_what_an_operator_of_torch_has_made() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             low = self.low(F.avg_pool2d(x, 2)).cos()
-            return F.interpolate(low, scale_factor=2.0, mode="nearest").sin() + self.high(x)
+            return last(F.interpolate(low, scale_factor=2.0, mode="nearest")) + self.high(x)
 
     gated = gate_all(randomize(Pyramid()))
     deployed = pag.deploy(gated)
@@ -670,6 +671,9 @@ def test_a_shortcut_takes_over_what_an_operator_of_torch_has_made() -> None:
         agree(gated, deployed, torch.randn(SHAPE), density, "random")
     copies = [s for s in steps_of(deployed) if isinstance(s, Allocate) and s.copied]
     assert copies and all(step.in_place for step in copies)
+    assert "upsample_nearest2d" not in str(
+        [s.function for s in steps_of(deployed) if isinstance(s, Call)]
+    )
 
 
 class ChannelsLast(nn.Module):
@@ -701,26 +705,40 @@ def test_channels_last_branches_end_in_any_layer(end: nn.Module, size: tuple[int
 
 
 class Resized(nn.Module):
-    """Bilinear interpolation to a size, or by factors that are not those of the sizes."""
+    """Interpolation to a size, or by factors that are not those of the sizes."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.conv, self.arguments = nn.Conv2d(3, 8, 3, stride=2), arguments
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.conv(x), mode="bilinear", **self.arguments).relu()
+        return F.interpolate(self.conv(x), **self.arguments).relu()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "way", [{"align_corners": True}, {"align_corners": False}, {"antialias": True}], ids=str
+    "way",
+    [
+        {"mode": "bilinear", "align_corners": True},
+        {"mode": "bilinear", "align_corners": False},
+        {"mode": "bilinear", "antialias": True},
+        {"mode": "nearest"},
+        {"mode": "nearest-exact"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "target",
-    [{"size": (40, 50)}, {"size": (9, 31)}, {"scale_factor": (1.7, 2.3)}, {"scale_factor": 0.37}],
+    [
+        {"size": (40, 50)},
+        {"size": (9, 31)},
+        {"scale_factor": (1.7, 2.3)},
+        {"scale_factor": 0.37},
+        {"scale_factor": 2.0},
+    ],
     ids=str,
 )
-def test_bilinear_interpolation(target: dict[str, Any], way: dict[str, Any]) -> None:
+def test_interpolation(target: dict[str, Any], way: dict[str, Any]) -> None:
     gated = gate_all(randomize(Resized({**target, **way})))
     for backend in ("auto", "reference"):
         deployed = pag.deploy(gated, backend)
@@ -730,7 +748,7 @@ def test_bilinear_interpolation(target: dict[str, Any], way: dict[str, Any]) -> 
 
 @torch.no_grad()
 def test_interpolation_to_the_same_size_does_nothing() -> None:
-    gated = gate_all(randomize(Resized({"size": (15, 23)})), (1, 3, 32, 48))
+    gated = gate_all(randomize(Resized({"size": (15, 23), "mode": "bilinear"})), (1, 3, 32, 48))
     deployed = pag.deploy(gated)
     agree(gated, deployed, torch.randn(1, 3, 32, 48), 0.5, "random")
     assert not any(isinstance(step, Resize) for step in steps_of(deployed))

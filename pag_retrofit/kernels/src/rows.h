@@ -623,7 +623,7 @@ void shrink_row(const pag_resizing* call, int64_t row) {
 }
 
 // The same without a strip: for few taps it is not worth it, and for many channels too small. TAPS in
-// both directions if it is not zero: enlargement has two.
+// both directions if it is not zero: enlargement has two, or one (the nearest).
 template <int TAPS>
 PAG_INLINE void resize_row(const pag_resizing* call, int64_t row) {
   const int down = TAPS ? TAPS : call->taps[0], across = TAPS ? TAPS : call->taps[1];
@@ -678,10 +678,12 @@ void resize(const pag_resizing* call, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) resize_thin_row(call, row);
     return;
   }
-  const bool two = call->taps[0] == 2 && call->taps[1] == 2;
-  const bool strips = !two && call->taps[1] * call->in_stride <= STRIP;
+  const int taps = call->taps[0] == call->taps[1] ? call->taps[0] : 0;
+  const bool strips = call->taps[1] * call->in_stride <= STRIP;
   for (int64_t row = begin; row < end; row++) {
-    if (two)
+    if (taps == 1)
+      resize_row<1>(call, row);
+    else if (taps == 2)
       resize_row<2>(call, row);
     else if (strips)
       shrink_row(call, row);
