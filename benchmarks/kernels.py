@@ -2,18 +2,18 @@
 
     python benchmarks/kernels.py                 # all shapes, some minutes, one thread
     python benchmarks/kernels.py --only unet     # names that contain a word; nothing is written
+    python benchmarks/kernels.py --results FILE  # of another machine
 
 All variants of a shape run in one interleaved loop, so that a busy machine slows them alike. Dense
-is the faster of contiguous and channels_last. The kernels compute as deployed networks do, by
-Winograd's algorithm where that is faster, and with large weights compressed. Efficiency is (dense
-time / sparse time) * density: 1 where time falls exactly as the number of pixels.
+is the faster of contiguous and channels_last. The kernels compute as deployed networks do: in
+digits, or by Winograd's algorithm where that is faster, and with large weights compressed.
+Efficiency is (dense time / sparse time) * density: 1 where time falls as the number of pixels.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import platform
 import statistics
@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from pag_retrofit import kernels
+from pag_retrofit.checkpoints import write_json
 from pag_retrofit.functional import Window, pattern_mask
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -102,10 +103,11 @@ def variants(shape: Shape) -> tuple[dict[str, Callable[[], object]], int]:
     window, rows = Window(*pair), last.permute(0, 2, 3, 1)
     dense = F.conv2d(last, weight_last, bias, *settings)
     pixels = dense.shape[2] * dense.shape[3]
+    digits = kernels.prefers_digits(weight, shape.groups)
+    winograd = not digits and kernels.prefers_winograd(weight, window, shape.groups, pixels)
     layer = kernels.PerforatedConvolution(
-        weight, bias, window=window, groups=shape.groups,
-        winograd=kernels.prefers_winograd(weight, window, shape.groups, pixels),
-        compressed=kernels.prefers_compressed(weight, shape.groups),
+        weight, bias, window=window, groups=shape.groups, winograd=winograd, digits=digits,
+        compressed=not digits and kernels.prefers_compressed(weight, shape.groups),
     )  # fmt: skip
     out = torch.empty_like(dense.permute(0, 2, 3, 1))
     size = (dense.shape[2], dense.shape[3])
@@ -202,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="measure shapes whose name contains this")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of another machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = []
@@ -215,7 +218,7 @@ def main() -> None:
             speed = max(times[key]["gflops_per_second"] for key in list(times)[:2])
             print(f"{shape.name}: dense {speed:.0f} GFLOP/s; " + ", ".join(columns[2:]), flush=True)
     if not arguments.only:
-        RESULTS.write_text(json.dumps({"machine": machine(), "layers": results}, indent=1) + "\n")
+        write_json(arguments.results, {"machine": machine(), "layers": results})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Where the time of a deployed network goes, call by call, against what the core can do.
 
     python benchmarks/roofline.py
+    python benchmarks/roofline.py --results FILE  # of another machine
 
 For each kind of kernel call, its time; for the convolutions also what they would take at the
 least: each the larger of its multiply-accumulates (those of Winograd's algorithm where that is
 used) at the rate of the best convolution, and what it must read and write once (weights, input
 rows, output rows) at the rate of reading memory. One thread.
-Writes benchmarks/results/roofline.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import time
@@ -35,6 +36,7 @@ CASES = (
     ("smp:DeepLabV3Plus:resnet50", (1, 3, 384, 480)),
     ("timm:mobilenetv2_100", (1, 3, 224, 224)),
     ("smp:Unet:tu-mobilenetv2_100", (1, 3, 384, 480)),
+    ("smp:FPN:tu-convnext_tiny", (1, 3, 384, 480)),
 )
 DENSITIES = (1.0, 0.1)
 PASSES = 9
@@ -122,7 +124,10 @@ def _times(calls: list[tuple[str, tuple[Any, ...], float]]) -> list[float]:
 
 
 def main() -> None:
-    """Profile all cases."""
+    """Profile all cases, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    results: Path = parser.parse_args().results
     torch.set_num_threads(1)
     runs = [run for model, shape in CASES for run in profile(model, shape)]
     rates = [
@@ -141,7 +146,7 @@ def main() -> None:
         run["least_by_compute"], run["least_by_memory"] = map(sum, zip(*least, strict=True))
         run["least"] = sum(map(max, least))
         run["layers"] = run["layers"][:SLOWEST]
-    write_json(RESULTS, {"limits": limits, "runs": runs, "environment": environment()})
+    write_json(results, {"limits": limits, "runs": runs, "environment": environment()})
 
 
 if __name__ == "__main__":

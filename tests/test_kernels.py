@@ -1387,6 +1387,7 @@ def test_digits_in_every_way(twin: ModuleType, case: Case, mask: str) -> None:
         Case((64,), out_channels=16, window=Window((7, 7), (1, 1), (1, 1), (3, 3))),
         Case((192,), out_channels=70, window=POINTWISE, activation="gelu", residual="in place"),
         Case((24,), out_channels=33, input_scale=True, scale=True),
+        Case((256,), out_channels=70, activation="relu"),  # in parts, some of them padding
     ],
 )
 def test_digits_at_any_number_of_pixels(twin: ModuleType, case: Case, pixels: int) -> None:

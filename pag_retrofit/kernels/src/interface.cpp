@@ -450,10 +450,13 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   return failed.load() ? PAG_NO_MEMORY : PAG_OK;
 }
 
-// Shares of tiles, and where these are few, of output channels: each makes its digits anew then.
+// Shares of tiles, each of which reads all weights, or where these are more than the input, of output
+// channels: each makes the digits of its tiles anew then.
 int convolve_digits(const pag_plan& plan, int threads) {
   const pag_kernels& table = kernels();
-  const int64_t groups = (plan.tiles + plan.group - 1) / plan.group;
+  int64_t groups = (plan.tiles + plan.group - 1) / plan.group;
+  if (plan.pixels > plan.call->out_channels)
+    groups = std::max(groups, std::min<int64_t>(plan.tiles, 2 * threads));
   const int64_t chunks = std::min<int64_t>(threads == 1 ? 1 : groups, threads * UNITS_PER_THREAD);
   const int64_t wanted = (2 * threads + chunks - 1) / chunks;
   const int64_t parts = std::min<int64_t>({wanted, threads, plan.blocks});
