@@ -415,7 +415,7 @@ def memory_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
+def roofline_table(results: dict[str, Any], timed: dict[str, Any], options: str = "") -> str:
     """Per network and density: time by kind of call, the least, and the efficiency of that."""
     limits = results["limits"]
     lines = [
@@ -442,9 +442,9 @@ def roofline_table(results: dict[str, Any], timed: dict[str, Any]) -> str:
         "",
         f"The best convolution does {limits['macs_per_second'] / 1e9:.0f} GMAC/s, memory is read "
         f"at {limits['bytes_per_second'] / 1e9:.0f} GB/s, by two threads together at "
-        f"{limits['bytes_per_second_of_two'] / 1e9:.0f} (`python benchmarks/roofline.py`). The "
-        "last column is the efficiency if all convolutions took their least and the other columns "
-        "stayed as they are.",
+        f"{limits['bytes_per_second_of_two'] / 1e9:.0f}, on {results['environment']['cpu']} "
+        f"(`python benchmarks/roofline.py{options}`). The last column is the efficiency if all "
+        "convolutions took their least and the other columns stayed as they are.",
     ]
     return "\n".join(lines)
 
@@ -568,10 +568,14 @@ def _blocks() -> dict[str, dict[str, str]]:
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),
             "roofline-table": roofline_table(_read("roofline"), timed),
+            "xeon-roofline-table": roofline_table(
+                _read("roofline_xeon"), on_xeon, " --results benchmarks/results/roofline_xeon.json"
+            ),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
         "docs/kernels.md": {
             "kernels-table": kernels_table(_read("kernels")),
+            "xeon-kernels-table": kernels_table(_read("kernels_xeon")),
             "compression-table": compression_table(_read("compression")),
         },
         "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},

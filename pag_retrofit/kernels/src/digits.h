@@ -379,7 +379,7 @@ struct DigitConvolution {
   }
 
   // Sums as floats: added to those of taps before, and finished and written, or kept for taps behind.
-  // `first` is which of the two that sums are of comes first.
+  // `first` is where those of the first column are, in DigitSums.
   template <int HALVES>
   PAG_INLINE void finish_tile(const Epilogue& e, const DigitSums& sums, int first,
                               const TapRange& taps, const float* of_input, int pixels,
