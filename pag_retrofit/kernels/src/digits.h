@@ -179,10 +179,18 @@ PAG_OUTLINE void multiply_one(const int8_t* input, const int8_t* weights, int64_
   store_sums<false>(sums);
 }
 
-// The same of two tiles, the second `other` bytes behind the first.
+// All products; digit 0 is the highest. HOLD loads one of one operand, MULTIPLY one of the other, for
+// two sums.
+#define PAG_PRODUCTS(HOLD, MULTIPLY)                            \
+  HOLD(0) MULTIPLY(0, 0, 1) MULTIPLY(1, 2, 3) MULTIPLY(2, 4, 5) \
+  HOLD(1) MULTIPLY(0, 2, 3) MULTIPLY(1, 4, 5)                   \
+  HOLD(2) MULTIPLY(0, 4, 5)
+
+// 16 columns of two tiles, the second `other` bytes behind the first; asks as multiply_one does.
 PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* weights,
                               int64_t steps, const int8_t* next, DigitSums& sums) {
   start_sums<true>();
+#define PAG_HOLD(DIGIT) _tile_loadd(PAG_WEIGHTS, weights + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);
 #define PAG_MULTIPLY(DIGIT, SUM, OTHER_SUM)                                    \
   _tile_loadd(PAG_INPUT, input + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);         \
   _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);                                   \
@@ -192,16 +200,9 @@ PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* 
   _tile_dpbssd(OTHER_SUM, PAG_INPUT, PAG_WEIGHTS);
   for (int64_t step = 1; step <= steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
     const int8_t* ahead = step < steps ? weights + STEP_BYTES : next;
-    _tile_loadd(PAG_WEIGHTS, weights, DIGITS_DEPTH);  // the highest digits
-    PAG_MULTIPLY(0, 0, 1)
-    PAG_MULTIPLY(1, 2, 3)
-    PAG_MULTIPLY(2, 4, 5)
-    _tile_loadd(PAG_WEIGHTS, weights + DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 2, 3)
-    PAG_MULTIPLY(1, 4, 5)
-    _tile_loadd(PAG_WEIGHTS, weights + 2 * DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 4, 5)
+    PAG_PRODUCTS(PAG_HOLD, PAG_MULTIPLY)
   }
+#undef PAG_HOLD
 #undef PAG_MULTIPLY
   store_sums<true>(sums);
 }
@@ -212,6 +213,7 @@ template <int HALVES, bool ASK>
 PAG_OUTLINE void multiply_many(const int8_t* input, const int8_t* weights, int64_t half,
                                int64_t steps, const int8_t* next, int64_t lines, DigitSums& sums) {
   start_sums<HALVES == 2>();
+#define PAG_HOLD(DIGIT) _tile_loadd(PAG_INPUT, input + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);
 #define PAG_MULTIPLY_HALF(AT, SUM)              \
   _tile_loadd(PAG_WEIGHTS, AT, DIGITS_DEPTH);   \
   _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);    \
@@ -225,20 +227,14 @@ PAG_OUTLINE void multiply_many(const int8_t* input, const int8_t* weights, int64
     PAG_MULTIPLY_HALF(weights + half + (DIGIT) * DIGIT_BYTES, OTHER_SUM)                      \
   }
   for (int64_t step = 0; step < steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
-    _tile_loadd(PAG_INPUT, input, DIGITS_DEPTH);  // the highest digits
-    PAG_MULTIPLY(0, 0, 1)
-    PAG_MULTIPLY(1, 2, 3)
-    PAG_MULTIPLY(2, 4, 5)
-    _tile_loadd(PAG_INPUT, input + DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 2, 3)
-    PAG_MULTIPLY(1, 4, 5)
-    _tile_loadd(PAG_INPUT, input + 2 * DIGIT_BYTES, DIGITS_DEPTH);
-    PAG_MULTIPLY(0, 4, 5)
+    PAG_PRODUCTS(PAG_HOLD, PAG_MULTIPLY)
   }
+#undef PAG_HOLD
 #undef PAG_MULTIPLY
 #undef PAG_MULTIPLY_HALF
   store_sums<HALVES == 2>(sums);
 }
+#undef PAG_PRODUCTS
 
 // --- all of it ---------------------------------------------------------------------------------
 
