@@ -155,7 +155,10 @@ class Placed(Around):
     [
         lambda rows, columns: torch.meshgrid(rows, columns, indexing="ij"),
         lambda rows, columns: torch.broadcast_tensors(rows[:, None], columns),
-        lambda rows, columns: (torch.einsum("ij->ji", columns[None]).T, rows[:, None]),
+        lambda rows, columns: (
+            torch.einsum("ij->ji", rows[:, None] * columns).T,
+            rows[:, None],
+        ),
     ],
     ids=["meshgrid", "broadcast_tensors", "einsum"],
 )
