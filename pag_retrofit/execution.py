@@ -253,13 +253,17 @@ class Allocate(Step):
     Args:
         buffer: Its shape.
         copied: Name of a value to start from, or "".
-        in_place: Take that value's memory: nothing reads it afterwards.
+        copied_layout: Of that value, or of the one that is overwritten.
+        overwritten: Name of a value each pixel of which the next step reads before it writes it;
+            or "".
+        in_place: Take the memory of the one or the other: nothing reads it afterwards.
         zero: Fill with zeros.
     """
 
     buffer: Buffer
     copied: str = ""
     copied_layout: str = "BCHW"
+    overwritten: str = ""
     in_place: bool = False
     zero: bool = False
 
@@ -276,7 +280,7 @@ class Allocate(Step):
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Allocate."""
         if self.in_place:
-            rows = as_rows(values[self.copied], self.copied_layout)
+            rows = as_rows(values[self.copied or self.overwritten], self.copied_layout)
         else:
             rows = values.allocate(self.writes, self.buffer.shape)
             if self.copied:
@@ -1216,8 +1220,9 @@ class Program:
             if not isinstance(step, Allocate):
                 continue
             owned.add(step.writes)
-            if step.copied in owned and step.copied not in kept and last[step.copied] == index:
-                step.in_place = step.copied not in viewed
+            taken = step.copied or step.overwritten
+            if taken in owned and taken not in kept and taken not in viewed:
+                step.in_place = last[taken] == (index if step.copied else index + 1)
 
     def _releases(self, last: Mapping[str, int], kept: set[str]) -> list[list[str]]:
         """Per step: allocations whose memory nothing looks into afterwards."""
@@ -1226,7 +1231,7 @@ class Program:
             if isinstance(step, Allocate) and not step.in_place:
                 owners[step.writes] = {step.writes}
             elif isinstance(step, Allocate):
-                owners[step.writes] = owners[step.copied]
+                owners[step.writes] = owners[step.copied or step.overwritten]
             elif isinstance(step, Call):
                 owners[step.writes] = {step.writes}
                 if step.gives_a_view:

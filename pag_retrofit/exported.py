@@ -75,6 +75,14 @@ def spatial_size(node: Node, layout: str) -> tuple[int, int]:
     return (shape[2], shape[3]) if layout == "BCHW" else (shape[1], shape[2])
 
 
+def layouts_of(node: Node) -> tuple[str, str] | None:
+    """Layouts of a map before and after a permutation of its axes; None for anything else."""
+    if base_name(node) != "permute":
+        return None
+    order = "".join(str(int(axis) % len(node.args[1])) for axis in node.args[1])
+    return {"0231": ("BCHW", "BHWC"), "0312": ("BHWC", "BCHW")}.get(order)
+
+
 def is_whole_slice(node: Node) -> bool:
     """Whether a node is a slice that leaves nothing out."""
     return base_name(node) == "slice" and shape_of(node) == shape_of(node.args[0])

@@ -48,6 +48,7 @@ from pag_retrofit.exported import (
     is_pixelwise,
     is_whole_slice,
     keeps_type,
+    layouts_of,
     mean_layout,
     out_of_place,
     padding_before,
@@ -469,14 +470,21 @@ class _Lowering:
 
     def _visit_permute(self, node: Node) -> bool:
         group = self.group(node.args[0], node)
-        order = "".join(str(int(d) % len(node.args[1])) for d in node.args[1])
-        moved = {("BCHW", "0231"): "BHWC", ("BHWC", "0312"): "BCHW"}
+        layouts = layouts_of(node)
+        if layouts is None:
+            return False
         if group is None or group.residual is not None:
+            return layouts[1] == "BHWC" and self._left_to_norms(node)
+        if group.layout != layouts[0]:
             return False
-        layout = moved.get((group.layout, order))
-        if layout is None:
+        return self.move(node.args[0], node, replace(group, layout=layouts[1]))
+
+    def _left_to_norms(self, node: Node) -> bool:
+        """Not made if layer norms alone read it: they read what it is a view of."""
+        if any(base_name(reader) != "layer_norm" for reader in self.readers.get(node, [])):
             return False
-        return self.move(node.args[0], node, replace(group, layout=layout))
+        self.state.virtual[node] = _Parts(())
+        return True
 
     # --- marks ----------------------------------------------------------------------------
 
@@ -823,25 +831,35 @@ class _Lowering:
         return (weight, bias) if known else None
 
     def _visit_layer_norm(self, node: Node) -> bool:
-        source, shape = self.real(node.args[0]), shape_of(node)
+        """And the view of the result with channels first, if nothing else reads that."""
+        source, shape, readers = self.real(node.args[0]), shape_of(node), self.readers.get(node, [])
         layout, affine = {4: "BHWC", 3: "BNC"}.get(len(shape)), self._affine(node)
         if layout is None or affine is None or len(node.args[1]) != 1:
             return False
-        epsilon = float(node.args[4]) if len(node.args) > 4 else 1e-5
-        self.make(source)
         rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
+        read_as, written_as, written = layout, layout, node
+        if source in self.state.virtual:
+            source, read_as = self.real(source.args[0]), "BCHW"
+        if len(readers) == 1 and layouts_of(readers[0]) == ("BHWC", "BCHW"):
+            written, written_as = readers[0], "BCHW"
+        self.make(source)
         self.state.steps += [
-            Allocate(writes=node.name, buffer=Buffer(rows, layout)),
+            Allocate(
+                writes=written.name,
+                buffer=Buffer(rows, written_as),
+                overwritten=source.name,
+                copied_layout=read_as,
+            ),
             Normalize(
-                writes=node.name,
-                source=Source(source.name, layout),
+                writes=written.name,
+                source=Source(source.name, read_as),
                 weight=affine[0],
                 bias=affine[1],
-                epsilon=epsilon,
-                layout=layout,
+                epsilon=float(node.args[4]) if len(node.args) > 4 else 1e-5,
+                layout=written_as,
             ),
         ]
-        self.state.made.add(node)
+        self.state.made |= {node, written}
         return True
 
     def _visit_group_norm(self, node: Node) -> bool:

@@ -704,6 +704,43 @@ def test_channels_last_branches_end_in_any_layer(end: nn.Module, size: tuple[int
             agree(gated, deployed, torch.randn(shape), density, "random")
 
 
+class Normed(nn.Module):
+    """A convolution, a layer norm of its channels, and blocks, as ConvNeXt begins."""
+
+    def __init__(self, again: str) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 4, stride=4), timm.layers.LayerNorm2d(12)
+        self.blocks = nn.Sequential(*(timm.models.convnext.ConvNeXtBlock(12) for _ in range(2)))
+        self.again = again
+
+    def forward(self, x: Tensor) -> Any:
+        before = self.stem(x)
+        after = self.norm(before)
+        y = self.blocks(after)
+        if self.again == "before":
+            return y + before
+        if self.again == "after":
+            return y, after.cos()
+        return (y, before[:, 2:]) if self.again == "view" else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("again", ["nothing", "before", "after", "view"])
+def test_layer_norms_overwrite_what_nothing_else_reads(again: str) -> None:
+    gated = gate_all(randomize(Normed(again)).eval())
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for density in (1.0, 0.4, 0.0):
+            for _ in range(2):  # the second pass is a replay
+                agree(gated, deployed, torch.randn(SHAPE), density, "random")
+    norms = [s for s in steps_of(deployed) if isinstance(s, Allocate) and s.overwritten]
+    assert [norm.in_place for norm in norms] == [again in ("nothing", "after"), True, True]
+    if again == "nothing":
+        assert not any(isinstance(step, Call) for step in steps_of(deployed))
+        copies = [s for s in steps_of(deployed) if isinstance(s, Allocate) and s.copied]
+        assert [step.in_place for step in copies] == [True, True]
+
+
 class Resized(nn.Module):
     """Interpolation to a size, or by factors that are not those of the sizes."""
 

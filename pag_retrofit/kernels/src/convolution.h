@@ -1030,7 +1030,10 @@ PAG_OUTLINE void depthwise_tile(const pag_plan& plan, Taps taps, const Epilogue&
     for (int tap = 0; tap < plan.taps; tap++, weights += padded) {
       Vector w[COUNT];
       PAG_UNROLL
-      for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
+      for (int j = 0; j < COUNT; j++) {
+        w[j] = load(weights + j * LANES);
+        __builtin_prefetch(weights + (COUNT + j) * LANES);  // of the next channels
+      }
       PAG_UNROLL
       for (int i = 0; i < PIXELS; i++) {
         const float* row = taps(tap, i, PIXELS) + channel;

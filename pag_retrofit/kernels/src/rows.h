@@ -47,13 +47,15 @@ void layer_norm(const pag_rows* call, int64_t begin, int64_t end) {
     const float mean = total(in, channels) / channels;
     const float variance = product(in, mean, nullptr, channels) / channels;
     const float scale = 1.f / sqrtf(variance + call->epsilon);
-    for (int i = 0; i < channels; i += LANES) {
-      const int left = channels - i;
+    const auto normalize = [&](int i, int left) PAG_LAMBDA {
       Vector y = (load_up_to(in + i, left) - mean) * scale;
       if (call->weight) y *= load_up_to(call->weight + i, left);
       if (call->bias) y += load_up_to(call->bias + i, left);
       store_up_to(out + i, y, left);
-    }
+    };
+    int i = 0;
+    for (; i + LANES <= channels; i += LANES) normalize(i, LANES);
+    if (i < channels) normalize(i, channels - i);
   }
 }
 
