@@ -297,9 +297,12 @@ def _half_lines(run: dict[str, Any]) -> list[str]:
 
 
 def _recipe_line(name: str, shown: str, run: dict[str, Any]) -> str:
+    recipe = run.get("recipe", name)
+    again = "" if recipe == name else ", begun with a dense network that was trained anew"
     return (
-        f"`recipes/{name}.yaml`: {shown}, {run['images']} held-out images; {run['epochs'][0]} "
-        f"epochs for the dense network, {run['epochs'][1]} more for every other one."
+        f"`recipes/{recipe}.yaml`{again}: {shown}, {run['images']} held-out images; "
+        f"{run['epochs'][0]} epochs for the dense network, {run['epochs'][1]} more for every other "
+        "one."
     )
 
 

@@ -7,6 +7,8 @@ Each argument is the output folder of a recipe, and after commas those of furthe
 with its dense network or have budgets in time; stages that are not complete are left out. Adds to
 benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With `--timed` it
 measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
+With `--name` the results stand beside the recipe's, without pictures: where its dense network was
+trained anew, what begins with it is compared with nothing else.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
     trained = load_recipe(next(folders[0].glob("gated-*/recipe.yaml")))
     assert recipe.dense is not None and trained.gated is not None
     return {
+        "recipe": recipe.name,
         "task": recipe.task.name,
         "data": recipe.data.name,
         "metric": build_task(recipe, evaluation_data(recipe)).metric,
@@ -114,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("runs", nargs="+", help="FOLDER[,FOLDER...] of the seeds of a recipe")
     parser.add_argument("--timed", action="store_true", help="measure times as well")
+    parser.add_argument("--name", help="in the results; default: the recipe's")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if RESULTS.is_file():
@@ -122,8 +126,10 @@ def main() -> None:
         folders = [Path(folder) for folder in run.split(",")]
         recipe = load_recipe(folders[0] / "dense" / "recipe.yaml", [f"output={folders[0]}"])
         collected = collect(folders, recipe, arguments.timed)
-        results[recipe.name] = collected
+        results[arguments.name or recipe.name] = collected
         write_json(RESULTS, results)
+        if arguments.name:
+            continue
         points = [
             Point(**{key: value for key, value in point.items() if key != "scores"})
             for point in collected["points"]

@@ -365,7 +365,7 @@ class _Lowering:
         if isinstance(virtual, _Kept) and not whole:
             size = shape_of(self.nodes[virtual.source.value])[2:]
             return (virtual.source,), (size[0], size[1]), virtual
-        if isinstance(virtual, _Parts) and groups == 1:
+        if isinstance(virtual, _Parts) and virtual.sources and groups == 1:
             return virtual.sources, (height, width), None
         self.make(node)
         return (Source(node.name, "BCHW"),), (height, width), None
@@ -474,17 +474,12 @@ class _Lowering:
         if layouts is None:
             return False
         if group is None or group.residual is not None:
-            return layouts[1] == "BHWC" and self._left_to_norms(node)
+            if layouts[1] == "BHWC":  # not made unless it has to be: layer norms look through it
+                self.state.virtual[node] = _Parts(())
+            return layouts[1] == "BHWC"
         if group.layout != layouts[0]:
             return False
         return self.move(node.args[0], node, replace(group, layout=layouts[1]))
-
-    def _left_to_norms(self, node: Node) -> bool:
-        """Not made if layer norms alone read it: they read what it is a view of."""
-        if any(base_name(reader) != "layer_norm" for reader in self.readers.get(node, [])):
-            return False
-        self.state.virtual[node] = _Parts(())
-        return True
 
     # --- marks ----------------------------------------------------------------------------
 
@@ -838,7 +833,7 @@ class _Lowering:
             return False
         rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
         read_as, written_as, written = layout, layout, node
-        if source in self.state.virtual:
+        if source in self.state.virtual and layouts_of(source):
             source, read_as = self.real(source.args[0]), "BCHW"
         if len(readers) == 1 and layouts_of(readers[0]) == ("BHWC", "BCHW"):
             written, written_as = readers[0], "BCHW"
