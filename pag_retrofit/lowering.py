@@ -473,13 +473,13 @@ class _Lowering:
         layouts = layouts_of(node)
         if layouts is None:
             return False
-        if group is None or group.residual is not None:
-            if layouts[1] == "BHWC":  # not made unless it has to be: layer norms look through it
-                self.state.virtual[node] = _Parts(())
-            return layouts[1] == "BHWC"
-        if group.layout != layouts[0]:
+        if group is not None and group.residual is None:
+            moved = replace(group, layout=layouts[1])
+            return group.layout == layouts[0] and self.move(node.args[0], node, moved)
+        if layouts[1] != "BHWC":
             return False
-        return self.move(node.args[0], node, replace(group, layout=layouts[1]))
+        self.state.virtual[node] = _Parts(())  # made if need be: layer norms look through it
+        return True
 
     # --- marks ----------------------------------------------------------------------------
 
