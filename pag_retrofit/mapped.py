@@ -52,9 +52,11 @@ class MappedWeights:
             weight.data = part.view(weight.shape)
 
     def leave_memory(self) -> None:
-        """Give back the memory of the weights, and what else is free, to the system."""
+        """Give back the memory of the weights, if they lie in a file, and what else is free."""
+        if self._mapping is None:
+            return
         gc.collect()  # exported graphs are cycles that hold as much as the network
-        if self._mapping is not None and hasattr(self._mapping, "madvise"):
+        if hasattr(self._mapping, "madvise"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
         if sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it

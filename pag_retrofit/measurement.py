@@ -56,7 +56,7 @@ class Measurement:
         self._chosen: dict[str, dict[int, int]] = {}
         self._open: dict[str, float] = {}
         self._pixels: dict[str, int] = {}
-        self._site_map: Tensor | None = None
+        self._charges: list[tuple[int, Tensor]] = []
         self._dense_macs = 0
         self._input_shape: tuple[int, ...] = ()
         self._pass: list[_Decision] = []
@@ -106,9 +106,12 @@ class Measurement:
             PagError: Nothing ran inside the block.
         """
         self._check_ran()
-        assert self._site_map is not None
         batch, _, height, width = self._input_shape
-        return self._site_map + self._dense_macs / (batch * height * width)
+        shape = (batch, height, width)
+        total = torch.full(shape, self._dense_macs / math.prod(shape), dtype=torch.float64)
+        for macs, where in self._charges:
+            total += macs * _spread(where, shape)
+        return total
 
     def _check_ran(self) -> None:
         if not self.images:
@@ -126,9 +129,9 @@ class Measurement:
 
     def _finish_pass(self, executed_macs: int) -> None:
         """Turn what ran (everything, densely) into what was needed."""
-        batch, _, height, width = self._input_shape
+        batch = self._input_shape[0]
         original, needed = executed_macs, 0
-        self._site_map = torch.zeros(batch, height, width, dtype=torch.float64)
+        self._charges = []
         dense = executed_macs
         choices = {seen.gate.site: seen.decision for seen in self._pass}
         for seen in self._pass:
@@ -163,16 +166,15 @@ class Measurement:
                 counts[factor] = counts.get(factor, 0) + int((chosen == factor).sum())
 
     def _add_site(self, seen: _Decision, choices: Mapping[str, Tensor]) -> Tensor:
-        """Paint the map of a site, and return its MACs in each image, float64 (B,)."""
-        assert self._site_map is not None
+        """Keep what a site computes and where; return its MACs in each image, float64 (B,)."""
         images = self._input_shape[0]
         total = torch.zeros(images, dtype=torch.float64)
         mask = seen.gate.site_mask(seen.decision)
         for macs, where in seen.gate.cost.charges(mask, seen.size, choices):
-            counts = where.double().cpu().reshape(images, -1).sum(1)
+            counts = where.reshape(images, -1).sum(1, dtype=torch.float64).cpu()
             if macs and counts.any():
                 total += macs * counts
-                self._site_map += macs * _spread(where, self._site_map.shape)
+                self._charges.append((macs, where.detach()))
         return total
 
 
@@ -185,14 +187,14 @@ class _Decision(NamedTuple):
     overhead: int
 
 
-def _spread(where: Tensor, shape: torch.Size) -> Tensor:
+def _spread(where: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Share each pixel of a map (b, 1, h, w) out over the input pixels it covers; keeps sums.
 
     Tokens are laid out as the grid of the image's proportions that has as many, class tokens
     before it left out. Maps of other batches (windows) are spread evenly over their image.
     """
     batch, height, width = shape
-    where = where.detach().double().cpu()
+    where = where.double().cpu()
     sums = where.reshape(batch, -1).sum(1)
     if where.shape[3] == 1 < width:
         where = _fold_tokens(where, height, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ import pag_retrofit as pag
 
 settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: collections, which deployments ask for, pass it by
 
 
 @dataclass(frozen=True)
