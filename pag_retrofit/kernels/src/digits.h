@@ -186,9 +186,11 @@ PAG_OUTLINE void multiply_one(const int8_t* input, const int8_t* weights, int64_
   HOLD(1) MULTIPLY(0, 2, 3) MULTIPLY(1, 4, 5)                   \
   HOLD(2) MULTIPLY(0, 4, 5)
 
-// 16 columns of two tiles, the second `other` bytes behind the first; asks as multiply_one does.
+// 16 columns of two tiles, the second `other` bytes behind the first. Asks for what is some steps ahead:
+// multiplying takes longer here, and leaves the memory more time.
 PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* weights,
                               int64_t steps, const int8_t* next, DigitSums& sums) {
+  constexpr int64_t AHEAD = 3;
   start_sums<true>();
 #define PAG_HOLD(DIGIT) _tile_loadd(PAG_WEIGHTS, weights + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);
 #define PAG_MULTIPLY(DIGIT, SUM, OTHER_SUM)                                    \
@@ -199,7 +201,8 @@ PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* 
   _tile_loadd(PAG_INPUT, input + other + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH); \
   _tile_dpbssd(OTHER_SUM, PAG_INPUT, PAG_WEIGHTS);
   for (int64_t step = 1; step <= steps; step++, input += STEP_BYTES, weights += STEP_BYTES) {
-    const int8_t* ahead = step < steps ? weights + STEP_BYTES : next;
+    const int64_t beyond = step + AHEAD - 1 - steps;
+    const int8_t* ahead = beyond < 0 ? weights + AHEAD * STEP_BYTES : next + beyond * STEP_BYTES;
     PAG_PRODUCTS(PAG_HOLD, PAG_MULTIPLY)
   }
 #undef PAG_HOLD
