@@ -141,8 +141,9 @@ def main() -> None:
         if arguments.only not in case.name or (case.name in results["runs"] and not arguments.redo):
             continue
         print(case.name, flush=True)
-        results["runs"][case.name] = measure_case(case, arguments.rounds)
         results["environment"] = environment()
+        run = measure_case(case, arguments.rounds)
+        results["runs"][case.name] = {**run, "environment": results["environment"]}
         write_json(arguments.results, results)
     if arguments.trained:
         results["trained"] = measure_trained(arguments.trained, arguments.rounds)
