@@ -230,6 +230,8 @@ def tradeoff_table(results: dict[str, Any]) -> str:
             + (" deployed (ms) | fastest other runtime (ms) |" if timed else ""),
             "|---|---:|---:|---:|---:|" + ("---:|---:|" if timed else ""),
         ]
+        # Of rendered scenes each seed has other images: fewer seeds have another mean.
+        seeds = len({point["seed"] for point in points}) if run["data"] == "scenes" else 1
         stages = dict.fromkeys((point["kind"], point["budget"]) for point in points)
         for kind, budget in sorted(stages, key=_in_order):
             found = [p for p in points if (p["kind"], p["budget"]) == (kind, budget)]
@@ -239,7 +241,7 @@ def tradeoff_table(results: dict[str, Any]) -> str:
                 "" if budget is None else f"{budget:g}",
                 f"{statistics.mean(point['fraction'] for point in found):.3f}",
                 ", ".join(f"{score:.2f}" for score in scores),
-                f"{statistics.mean(scores):.2f}",
+                f"{statistics.mean(scores):.2f}" if len(scores) >= seeds else "",
             ]
             if timed:
                 times = dict(next((p["times"] for p in found if p["times"]), {}))

@@ -133,6 +133,8 @@ def main() -> None:
         points = [
             Point(**{key: value for key, value in point.items() if key != "scores"})
             for point in collected["points"]
+            # Each seed renders other images: curves of several are comparable in one of them.
+            if recipe.data.name != "scenes" or point["seed"] == recipe.seed
         ]
         figures = charts(points, collected["metric"], recipe.name)
         if recipe.task.name not in ("segmentation", "multitask"):

@@ -223,7 +223,7 @@ def _shares_of_images(measured: Measurement) -> Tensor:
 
     Without times the second is that of the compute.
     """
-    fractions = measured.compute_map.sum((1, 2)) * measured.images / measured.total_macs  # (B,)
+    fractions = measured.image_macs * measured.images / measured.total_macs  # (B,)
     times = fractions if measured.time_fractions is None else measured.time_fractions
     rates = [mask.double().mean((1, 2, 3)) for mask in measured.masks.values()]
     return torch.stack([fractions, times, *rates], dim=1)

@@ -31,12 +31,14 @@ class MappedWeights:
     def __init__(self, network: nn.Module):
         """Write the file, and point the network's tensors into it."""
         self._mapping: mmap.mmap | None = None
+        self._any = False
         weights = [
             x
             for x in (*network.parameters(), *network.buffers())
             if x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() >= _LEAST
         ]
         sizes = [weight.numel() for weight in weights]
+        self._any = bool(weights)
         if not weights:
             return
         try:
@@ -52,11 +54,11 @@ class MappedWeights:
             weight.data = part.view(weight.shape)
 
     def leave_memory(self) -> None:
-        """Give back the memory of the weights, if they lie in a file, and what else is free."""
-        if self._mapping is None:
+        """Give back the memory of the weights, and what else is free, to the system."""
+        if not self._any:
             return
         gc.collect()  # exported graphs are cycles that hold as much as the network
-        if hasattr(self._mapping, "madvise"):
+        if self._mapping is not None and hasattr(self._mapping, "madvise"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
         if sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it

@@ -35,6 +35,7 @@ class Measurement:
             chose it; 0 is the identity (or a 1x1 branch), -1 all branches of an ASPP.
         branch_maps: Site of a branch selector -> factor that each pixel chose in the last forward
             pass, int64 (B, h, w), on the CPU.
+        image_macs: MACs of each image of the last forward pass, float64 (B,), on the CPU.
         compute_map: MACs per input pixel of the last forward pass, float64 (B, H, W), on the
             CPU. What is computed densely is spread evenly; the sum is that pass's `macs`.
         time_fractions: Of each image of the last forward pass, float64 (B,), on the CPU: its time
@@ -58,6 +59,7 @@ class Measurement:
         self._pixels: dict[str, int] = {}
         self._charges: list[tuple[int, Tensor]] = []
         self._dense_macs = 0
+        self.image_macs = torch.zeros(0, dtype=torch.float64)
         self._input_shape: tuple[int, ...] = ()
         self._pass: list[_Decision] = []
 
@@ -130,7 +132,7 @@ class Measurement:
     def _finish_pass(self, executed_macs: int) -> None:
         """Turn what ran (everything, densely) into what was needed."""
         batch = self._input_shape[0]
-        original, needed = executed_macs, 0
+        original, needed = executed_macs, torch.zeros(batch, dtype=torch.float64)
         self._charges = []
         dense = executed_macs
         choices = {seen.gate.site: seen.decision for seen in self._pass}
@@ -143,14 +145,15 @@ class Measurement:
                 full = maps * seen.gate.cost.full_macs(seen.size, (out_height, out_width))
                 of_images = self._add_site(seen, choices)
                 dense -= full
-                needed += int(of_images.sum())
+                needed += of_images
                 self._ratios[seen.gate.site] = of_images * (batch / full)
         self._dense_macs = dense
+        self.image_macs = needed + dense / batch
         if self._times is not None:
             self.time_fractions = self._times.fraction(self._ratios)
             self._time += float(self.time_fractions.sum())
         self.images += batch
-        self.macs += dense + needed
+        self.macs += dense + int(needed.sum())
         self.total_macs += original
 
     def _note(self, seen: _Decision) -> None:

@@ -75,6 +75,7 @@ def test_the_compute_map_sums_to_the_count(pair: Pair, size: str) -> None:
     assert m.compute_map.shape == (x.shape[0], *x.shape[2:])
     assert m.compute_map.min() >= 0
     assert m.compute_map.sum().item() == pytest.approx(m.macs, rel=1e-9)
+    torch.testing.assert_close(m.compute_map.sum((1, 2)), m.image_macs, rtol=1e-9, atol=0)
     assert m.total_macs == original_macs(pair.original, x)
     assert pair.plan.floor - 0.02 < m.fraction < 1
 

@@ -33,14 +33,15 @@ def test_stages_over_seeds_are_collected_timed_and_drawn(
     monkeypatch.setattr(latency, "_RUNTIMES", {"eager": latency._RUNTIMES["eager"]})
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(output=tmp_path / "out"))
-    settings = ["dense.epochs=1", "gated.epochs=1", "stages=[dense, dial, resizing]"]
+    settings = ["dense.epochs=1", "gated.epochs=1", "stages=[dense, gated, dial, resizing]"]
     recipe = load_recipe(path, [*settings, "gated.budgets=[0.9, 0.5]"])
     results = run_tradeoff(recipe, [0, 3], rounds=2)
     assert json.loads((tmp_path / "out/tradeoff.json").read_text()) == json.loads(
         json.dumps(results)
     )
     points = [Point(**point) for point in results["points"]]
-    names = [stage + budget for stage in ("dial@", "resizing-") for budget in ("0.90", "0.50")]
+    stages = ("gated-", "dial@", "resizing-")
+    names = [stage + budget for stage in stages for budget in ("0.90", "0.50")]
     assert {p.stage for p in points if p.seed == 3} == set(names)
     assert {p.stage for p in points if p.seed == 0} == {"dense", *names}
     for point in points:
@@ -49,7 +50,7 @@ def test_stages_over_seeds_are_collected_timed_and_drawn(
         assert point.times.keys() == (set() if point.seed else {"deployed", *dense})
     assert (tmp_path / "out/tradeoff_compute.png").is_file()
     assert (tmp_path / "out/tradeoff_latency.png").is_file()
-    assert (tmp_path / "out/seed-3/resizing-0.50/model.safetensors").is_file()
+    assert (tmp_path / "out/seed-3/gated-0.50/model.safetensors").is_file()
 
 
 def test_curves_are_means_over_seeds() -> None:
