@@ -281,8 +281,8 @@ def windows(draw: st.DrawFn) -> Window:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Ungrouped convolutions of one to six sources, grouped and depthwise ones."""
-    kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "depthwise"]))
+    """Ungrouped convolutions of one to six sources, grouped ones, slim groups, depthwise ones."""
+    kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "slim", "depthwise"]))
     window = draw(windows())
     winograd = kind in ("plain", "sources") and draw(st.booleans())
     if winograd:
@@ -298,6 +298,10 @@ def cases(draw: st.DrawFn) -> Case:
         groups = draw(st.integers(2, 7))
         channels = (groups * draw(st.sampled_from([1, 2, 4, 8, 17])),)
         out_channels = groups * draw(st.sampled_from([1, 2, 3, 4, 8, 16, 20, 33]))
+    elif kind == "slim":
+        groups = draw(st.integers(2, 20))
+        channels = (groups * draw(st.sampled_from([2, 4, 8])),)
+        out_channels = channels[0]
     elif kind == "depthwise":
         groups = out_channels = draw(st.sampled_from([2, 3, 15, 16, 31, 64, 70, 144]))
         channels = (groups,)
@@ -478,6 +482,16 @@ class TestConvolution:
         window = Window((3, 3), stride, (1, 1), (1, 1))
         check(Case((8 * own,), out_channels=8 * own, groups=8, size=(9, 11), window=window), twin)
 
+    @pytest.mark.parametrize("groups", [2, 5, 8, 32])
+    @pytest.mark.parametrize("own", [2, 4, 8])
+    def test_slim_groups(self, twin: ModuleType, own: int, groups: int) -> None:
+        channels = own * groups
+        case = Case((channels,), (1,), channels, groups, (7, 43), TINY, activation="silu")
+        check(case, twin)
+        check(replace(case, mask="all", wider=4, bias=False, activation="none"), twin)
+        check(replace(case, upsampling=(2,), residual="after", scale=True), twin)
+        check(replace(case, window=Window((3, 2), (2, 1), (1, 2), (0, 3)), mask="random"), twin)
+
     def test_upsampled_and_concatenated_input(self, twin: ModuleType) -> None:
         case = Case((48, 24), (2, 1), out_channels=40, size=(12, 14), activation="relu")
         for mask in ("all", "random"):
@@ -504,8 +518,9 @@ class TestConvolution:
     def test_several_threads_change_nothing(self) -> None:
         case = Case((64,), out_channels=96, size=(31, 29), activation="silu", residual="after")
         grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
+        slim = Case((64,), out_channels=64, groups=16, size=(63, 65), mask="all")
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
-        plain = (case, grouped, few, replace(case, winograd=True))
+        plain = (case, grouped, slim, few, replace(case, winograd=True))
         compressed = [replace(c, compressed=True) for c in plain if c.groups == 1]
         digits = [replace(c, digits=True) for c in plain if c.groups == 1 and not c.winograd]
         for each in (*plain, *compressed, *digits):

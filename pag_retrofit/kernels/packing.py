@@ -6,6 +6,11 @@ channels are computed in *bundles* that fill 16 columns as well as they can, wit
 groups; larger groups, and ungrouped convolutions, are one bundle each. A depthwise weight is a
 matrix (taps, channels rounded up to 16). Taps go row by row, input channels inside a tap.
 
+*Slim* groups, of 2, 4 or 8 input channels and as many output channels, lie by 16 input channels
+and by tap: a matrix (channels of a group, 16). Row t holds what each input channel contributes to
+that output channel of its group whose number differs from its own by the bits of t: so a vector of
+input channels is multiplied as it lies.
+
 A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2
 output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
 
@@ -33,6 +38,7 @@ _LEAST = -95  # exponent, below which what is divided by 256 would lose bits: of
 _BEHIND = 16  # bytes that may be read behind the last number
 _WORDS = 16  # of a cache line, at which the steps begin
 _DIGITS, _BASE = 3, 256
+_SLIM = (2, 4, 8)
 _MOST_IN_DIGITS = 127 * _BASE**2  # a little less than 127, 127, 127
 DIGITS_DEPTH, _FOUR = 64, 4  # rows of a step, and those that lie together
 MOST_DEPTH_IN_DIGITS = 1 << 15  # rows: so many products of digits still add up in 32 bits
@@ -47,10 +53,18 @@ def is_depthwise(out_channels: int, channels: int, groups: int) -> bool:
     return groups > 1 and groups == channels == out_channels
 
 
+def slim_group(out_channels: int, channels: int, groups: int) -> int:
+    """Channels of a group if it is slim, else 0."""
+    slim = groups > 1 and channels == out_channels and channels // groups in _SLIM
+    return channels // groups if slim else 0
+
+
 def packed_size(out_channels: int, channels: int, groups: int, taps: int) -> int:
     """Number of floats of a packed weight."""
     if is_depthwise(out_channels, channels, groups):
         return taps * _rounded(channels)
+    if slim := slim_group(out_channels, channels, groups):
+        return taps * slim * _rounded(channels)
     own_columns, own_channels = out_channels // groups, channels // groups
     joined = _joined(own_columns, groups)
     full, rest = divmod(groups, joined)
@@ -70,8 +84,16 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """
     out_channels, own_channels, *kernel = weight.shape
     channels, taps = own_channels * groups, kernel[0] * kernel[1]
-    rows = weight.detach().float().permute(2, 3, 1, 0).reshape(taps, own_channels, out_channels)
-    packed = rows.new_zeros(packed_size(out_channels, channels, groups, taps))
+    weight = weight.detach().float()
+    packed = weight.new_zeros(packed_size(out_channels, channels, groups, taps))
+    if slim := slim_group(out_channels, channels, groups):
+        padded = weight.new_zeros(slim, _rounded(channels), taps)
+        split = weight.reshape(groups, slim, slim, taps)
+        padded[:, :channels] = split.transpose(0, 1).reshape(slim, channels, taps)
+        blocks = _turned(padded).view(slim, -1, NARROW, taps)
+        packed.view(-1, taps, slim, NARROW).copy_(blocks.permute(1, 3, 0, 2))
+        return packed
+    rows = weight.permute(2, 3, 1, 0).reshape(taps, own_channels, out_channels)
     for part, columns in _parts(packed, out_channels, channels, groups, taps):
         part.copy_(rows[:, :, columns])
     return packed
@@ -81,7 +103,12 @@ def unpack_weight(
     packed: Tensor, out_channels: int, channels: int, groups: int, kernel: tuple[int, int]
 ) -> Tensor:
     """Undo `pack_weight`: the weight (out, in / groups, kh, kw)."""
-    rows = _rows(packed, out_channels, channels, groups, kernel[0] * kernel[1])
+    taps = kernel[0] * kernel[1]
+    if slim := slim_group(out_channels, channels, groups):
+        blocks = packed.view(-1, taps, slim, NARROW).permute(2, 0, 3, 1)
+        split = _turned(blocks.reshape(slim, -1, taps))[:, :channels].unflatten(1, (groups, slim))
+        return split.transpose(0, 1).reshape(out_channels, slim, *kernel)
+    rows = _rows(packed, out_channels, channels, groups, taps)
     return rows.reshape(*kernel, -1, out_channels).permute(3, 2, 0, 1)
 
 
@@ -182,6 +209,15 @@ def from_digits(stored: Tensor, out_channels: int, channels: int, taps: int) -> 
     for part, columns in _parts(packed, out_channels, channels, 1, taps):
         part.copy_(weight[:, :, columns])
     return packed
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """From (output channel of a group, input channel, taps) to (t, ...) of slim groups, or back."""
+    slim = weight.shape[0]
+    groups = weight.unflatten(1, (-1, slim)).transpose(1, 2)
+    places = torch.arange(slim)
+    turned = groups[places[:, None] ^ places, places]
+    return turned.transpose(1, 2).flatten(1, 2)
 
 
 def _digit_places(stored: Tensor, out_channels: int) -> Tensor:

@@ -1067,19 +1067,114 @@ PAG_INLINE void depthwise_vectors(int count, int pixels, const pag_plan& plan, T
   }
 }
 
+// --- slim groups ---------------------------------------------------------------------------------
+//
+// Groups of 2, 4 or 8 input channels and as many output channels fill a vector only together. It is
+// multiplied as it lies, as often as a group has channels: product number t of an input channel belongs
+// to the output channel whose number differs from its own by the bits of t. What belongs together is
+// moved there only when all taps are added up. See packing.py.
+
+constexpr int SLIM_SUMS = LANES == 16 ? 24 : 12;  // vectors of sums of a tile
+
+constexpr int32_t slim_tile(int32_t slim) {
+  const int32_t pixels = SLIM_SUMS / (slim < LANES ? slim : LANES);
+  return slim > 1 && pixels < DEPTHWISE_TILE ? pixels : DEPTHWISE_TILE;
+}
+
+struct Turns {
+  alignas(64) int32_t at[LANES][LANES];
+};
+
+constexpr Turns make_turns() {
+  Turns turns = {};
+  for (int turn = 0; turn < LANES; turn++)
+    for (int lane = 0; lane < LANES; lane++) turns.at[turn][lane] = lane ^ turn;
+  return turns;
+}
+
+constexpr Turns TURNS = make_turns();
+
+// One vector of channels. WHOLE: all of them are there.
+template <int PIXELS, int GROUP, bool WHOLE, class Taps>
+PAG_OUTLINE void multiply_slim(const pag_plan& plan, Taps taps, const Epilogue& e, int channel) {
+  constexpr int COUNT = GROUP < LANES ? GROUP : LANES;  // a wider group is several vectors
+  const pag_convolution& call = *plan.call;
+  const float* weights = (const float*)call.weights +
+                         (int64_t)channel / PAG_NARROW * PAG_NARROW * plan.taps * GROUP;
+  Vector sums[PIXELS][COUNT] = {};
+  for (int tap = 0; tap < plan.taps; tap++)
+    PAG_UNROLL
+    for (int part = 0; part < GROUP; part += COUNT, weights += COUNT * PAG_NARROW) {
+      const int from = channel ^ part, valid = call.channels - from;
+      const float* w = weights + from % PAG_NARROW;
+      Vector x[PIXELS];
+      PAG_UNROLL
+      for (int i = 0; i < PIXELS; i++) {
+        const float* row = taps(tap, i, PIXELS) + from;
+        x[i] = WHOLE ? load(row) : load_up_to(row, valid);
+      }
+      PAG_UNROLL
+      for (int turn = 0; turn < COUNT; turn++, w += PAG_NARROW) {
+        const Vector own = load(w);
+        PAG_UNROLL
+        for (int i = 0; i < PIXELS; i++) sums[i][turn] += x[i] * own;
+      }
+    }
+  Vector totals[PIXELS][1];
+  const int columns = WHOLE || call.channels - channel > LANES ? LANES : call.channels - channel;
+  start_tile(e, totals, channel, columns);
+  PAG_UNROLL
+  for (int turn = 0; turn < COUNT; turn++) {
+    Integers at;
+    memcpy(&at, TURNS.at[turn], sizeof at);
+    PAG_UNROLL
+    for (int i = 0; i < PIXELS; i++) totals[i][0] += __builtin_shuffle(sums[i][turn], at);
+  }
+  finish_tile<PIXELS, 1>(e, totals, channel, columns);
+}
+
+template <int PIXELS, int GROUP, class Taps>
+PAG_INLINE void slim_pixels(int pixels, const pag_plan& plan, Taps taps, const Epilogue& e,
+                            int channel) {
+  if constexpr (PIXELS > 0) {
+    if (pixels < PIXELS)
+      slim_pixels<PIXELS - 1, GROUP>(pixels, plan, taps, e, channel);
+    else if (channel / PAG_NARROW * PAG_NARROW + PAG_NARROW <= plan.call->channels)
+      multiply_slim<PIXELS, GROUP, true>(plan, taps, e, channel);
+    else
+      multiply_slim<PIXELS, GROUP, false>(plan, taps, e, channel);
+  }
+}
+
+// --- vectors along the channels ------------------------------------------------------------------
+
+// Vectors [from, to) of the channels of one tile; one, where groups have several channels.
+template <class Taps>
+PAG_INLINE void multiply_channels(const pag_plan& plan, int from, int to, int pixels, Taps taps,
+                                  const Epilogue& e) {
+  const int channel = from * LANES;
+  switch (plan.slim) {
+    case 2: return slim_pixels<slim_tile(2), 2>(pixels, plan, taps, e, channel);
+    case 4: return slim_pixels<slim_tile(4), 4>(pixels, plan, taps, e, channel);
+    case 8: return slim_pixels<slim_tile(8), 8>(pixels, plan, taps, e, channel);
+    default: depthwise_vectors<DEPTHWISE_VECTORS>(to - from, pixels, plan, taps, e, channel);
+  }
+}
+
 // A group of tiles goes through the channels together: neighbours share input rows, which stay
 // cached only as long as few other channels are read in between.
 template <bool SMALL>
-void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_begin,
-               int64_t tile_end) {
+void along_channels(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_begin,
+                    int64_t tile_end) {
   const pag_convolution& call = *plan.call;
   const int count = (int)(tile_end - tile_begin);
   const int vectors = (call.channels + LANES - 1) / LANES;
-  const int passes = (vectors + DEPTHWISE_VECTORS - 1) / DEPTHWISE_VECTORS;
-  Epilogue e[PAG_DEPTHWISE_GROUP];
-  const float* first[PAG_DEPTHWISE_GROUP][MAX_TILE];
-  int pixels[PAG_DEPTHWISE_GROUP];
-  bool inside[PAG_DEPTHWISE_GROUP];
+  const int together = plan.slim == 1 ? DEPTHWISE_VECTORS : 1;
+  const int passes = (vectors + together - 1) / together;
+  Epilogue e[PAG_CHANNELS_GROUP];
+  const float* first[PAG_CHANNELS_GROUP][MAX_TILE];
+  int pixels[PAG_CHANNELS_GROUP];
+  bool inside[PAG_CHANNELS_GROUP];
   const int64_t size = (int64_t)plan.segments * plan.tile;
   for (int t = 0; t < count; t++) {
     const int64_t begin = tile_start(plan, tile_begin + t);
@@ -1106,12 +1201,9 @@ void depthwise(const pag_plan& plan, const pag_scratch& scratch, int64_t tile_be
     const int from = vectors * pass / passes, to = vectors * (pass + 1) / passes;
     for (int t = 0; t < count; t++) {
       if (inside[t])
-        depthwise_vectors<DEPTHWISE_VECTORS>(to - from, pixels[t], plan,
-                                             InsideTaps{first[t], scratch.offsets}, e[t],
-                                             from * LANES);
+        multiply_channels(plan, from, to, pixels[t], InsideTaps{first[t], scratch.offsets}, e[t]);
       else
-        depthwise_vectors<DEPTHWISE_VECTORS>(to - from, pixels[t], plan,
-                                             AnyTaps{scratch.rows + t * size}, e[t], from * LANES);
+        multiply_channels(plan, from, to, pixels[t], AnyTaps{scratch.rows + t * size}, e[t]);
     }
   }
 }
@@ -1295,12 +1387,12 @@ struct Multiplication {
 template <bool SMALL>
 PAG_INLINE void convolve_with(const pag_plan& plan, const pag_scratch& scratch, int32_t block_begin,
                               int32_t block_end, int64_t tile_begin, int64_t tile_end) {
-  if (plan.depthwise && only_scales(plan))
+  if (plan.slim == 1 && only_scales(plan))
     return scale_pixels(plan, tile_start(plan, tile_begin), tile_start(plan, tile_end));
-  if (plan.depthwise) {
-    for (int64_t at = tile_begin; at < tile_end; at += PAG_DEPTHWISE_GROUP)
-      depthwise<SMALL>(plan, scratch, at,
-                       at + PAG_DEPTHWISE_GROUP < tile_end ? at + PAG_DEPTHWISE_GROUP : tile_end);
+  if (plan.slim) {
+    for (int64_t at = tile_begin; at < tile_end; at += PAG_CHANNELS_GROUP)
+      along_channels<SMALL>(plan, scratch, at,
+                            at + PAG_CHANNELS_GROUP < tile_end ? at + PAG_CHANNELS_GROUP : tile_end);
     return;
   }
   const int64_t begin = tile_start(plan, tile_begin), end = tile_start(plan, tile_end);

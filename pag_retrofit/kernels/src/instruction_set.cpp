@@ -10,7 +10,7 @@
 
 extern const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET);
 const pag_kernels PAG_TABLE(PAG_INSTRUCTION_SET) = {
-    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, DEPTHWISE_TILE, TALL_TILE, convolution,
+    PAG_NAME(PAG_INSTRUCTION_SET), expands, TILE, TALL_TILE, slim_tile, convolution,
     convolution_of_digits, winograd, layer_norm, mean, interpolate, decide, list_pixels, pool,
     activate, resize, moments, rescale,
 };

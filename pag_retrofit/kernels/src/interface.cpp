@@ -245,7 +245,8 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   plan.bundles = (call.groups + joined - 1) / joined;
   plan.blocks_per_bundle = (plan.bundle_columns + 31) / 32;
   plan.blocks = plan.bundles * plan.blocks_per_bundle;
-  plan.depthwise = call.groups > 1 && call.groups == call.channels && group_columns == 1;
+  const bool slim = group_columns == 1 || group_columns == 2 || group_columns == 4 || group_columns == 8;
+  if (slim && call.groups > 1 && call.channels == call.out_channels) plan.slim = group_columns;
   plan.pointwise = is_pointwise(call);
   plan.plain = true;
   for (int s = 0; s < call.source_count; s++) plan.plain &= !call.sources[s].shift;
@@ -256,7 +257,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
       call.input_scale || (call.groups == 1 && plan.taps > 1 && call.channels <= FEW_CHANNELS);
   plan.expanding = call.compressed == PAG_WHOLE_NUMBERS && table.expands();
   plan.by_digits = call.compressed == PAG_IN_DIGITS && table.digits;
-  plan.tile = plan.depthwise   ? table.depthwise_tile
+  plan.tile = plan.slim        ? table.slim_tile(plan.slim)
               : plan.expanding ? table.tall_tile
               : plan.by_digits ? PAG_NARROW
                                : table.tile;
@@ -268,7 +269,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   for (int s = 0; s < call.source_count; s++)
     widest = std::max<int64_t>(widest, call.sources[s].channels);
   plan.rows_bytes = whole_lines(sizeof(float*) * plan.segments * plan.tile *
-                                (plan.depthwise ? PAG_DEPTHWISE_GROUP : 1));
+                                (plan.slim ? PAG_CHANNELS_GROUP : 1));
   plan.offsets_bytes = whole_lines(sizeof(int64_t) * plan.segments);
   plan.blocks_bytes = whole_lines(sizeof(pag_block) * plan.blocks);
   plan.zeros_bytes = whole_lines(sizeof(float) * widest);
@@ -300,7 +301,7 @@ bool reads_once(const pag_plan& plan) { return plan.expanding && plan.tiles == 1
 // Blocks of output channels that are computed together, tile by tile: their weights stay cached. Those
 // that a single tile reads need not.
 int32_t blocks_together(const pag_plan& plan, int threads) {
-  if (plan.depthwise) return 1;
+  if (plan.slim) return 1;
   const int64_t bytes = (int64_t)plan.taps * plan.bundle_channels * 32 * sizeof(float);
   int64_t fitting = std::clamp<int64_t>(weights_budget() / bytes, 1, plan.blocks);
   if (reads_once(plan)) fitting = plan.blocks;
@@ -494,7 +495,7 @@ int convolve(const pag_convolution* given, int threads) {
   threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
   if (plan.by_digits) return convolve_digits(plan, threads);
   const int32_t together = blocks_together(plan, threads);
-  const int32_t parts = plan.depthwise ? 1 : (plan.blocks + together - 1) / together;
+  const int32_t parts = plan.slim ? 1 : (plan.blocks + together - 1) / together;
   if (call->compressed && !reads_once(plan))
     plan.expanded_bytes = sizeof(float) * together * 32 * plan.taps * call->channels;
   const int64_t chunks =

@@ -21,7 +21,7 @@ struct pag_plan {
   int32_t tile;     // pixels
   int64_t pixels, tiles;
   double per_width, per_height;  // 1 / out_width, 1 / out_height
-  bool depthwise;
+  int32_t slim;    // channels of a group, in and out, if they are 1 (depthwise), 2, 4 or 8; else 0
   bool pointwise;  // output pixel i reads input pixel i alone
   bool plain;      // no source is read upsampled
   bool joined;     // the taps of a row are contiguous: one segment, where all of them are inside
@@ -52,8 +52,8 @@ struct pag_scratch {
   float* kept;          // (blocks, tiles of a group, 16, 32): sums of parts of the taps
 };
 
-// Tiles of a depthwise convolution that go through the channels together.
-enum { PAG_DEPTHWISE_GROUP = 8 };
+// Tiles of a convolution in slim groups that go through the channels together.
+enum { PAG_CHANNELS_GROUP = 8 };
 
 enum { PAG_PARTS = 16, PAG_PRODUCT = 32 };  // of a tile; output channels of a block
 enum { PAG_NARROW = 16 };                   // output channels of a block that is narrower
@@ -93,7 +93,8 @@ struct pag_tile_scratch {
 struct pag_kernels {
   const char* name;
   bool (*expands)();  // see pag_expands
-  int32_t tile, depthwise_tile, tall_tile;
+  int32_t tile, tall_tile;
+  int32_t (*slim_tile)(int32_t slim);
   void (*convolution)(const pag_plan*, const pag_scratch*, int32_t block_begin, int32_t block_end,
                       int64_t tile_begin, int64_t tile_end);
   // The same by digits, or null: the instruction set cannot.
