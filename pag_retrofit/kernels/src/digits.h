@@ -210,19 +210,19 @@ PAG_OUTLINE void multiply_two(const int8_t* input, int64_t other, const int8_t* 
   store_sums<true>(sums);
 }
 
-// One of many tiles, with up to 32 columns, whose weights are cached. After each product it asks for
-// `lines` of what comes next.
+// One of many tiles, with up to 32 columns, whose weights are cached. After each product it may ask for
+// a line of what comes next. Of few tiles that is not all of it, but asking for more took longer, too.
 template <int HALVES, bool ASK>
 PAG_OUTLINE void multiply_many(const int8_t* input, const int8_t* weights, int64_t half,
-                               int64_t steps, const int8_t* next, int64_t lines, DigitSums& sums) {
+                               int64_t steps, const int8_t* next, DigitSums& sums) {
   start_sums<HALVES == 2>();
 #define PAG_HOLD(DIGIT) _tile_loadd(PAG_INPUT, input + (DIGIT) * DIGIT_BYTES, DIGITS_DEPTH);
 #define PAG_MULTIPLY_HALF(AT, SUM)              \
   _tile_loadd(PAG_WEIGHTS, AT, DIGITS_DEPTH);   \
   _tile_dpbssd(SUM, PAG_INPUT, PAG_WEIGHTS);    \
   if (ASK) {                                    \
-    ask_for<2>(next, lines * 64);               \
-    next += lines * 64;                         \
+    ask_for<2>(next, 64);                       \
+    next += 64;                                 \
   }
 #define PAG_MULTIPLY(DIGIT, SUM, OTHER_SUM)                                                   \
   PAG_MULTIPLY_HALF(weights + (DIGIT) * DIGIT_BYTES, SUM)                                     \
@@ -444,24 +444,20 @@ struct DigitConvolution {
     }
   }
 
-  // More tiles. While they are multiplied, the memory is asked for the weights of the next block, by
-  // the first eight.
+  // More tiles. The first eight ask the memory for an eighth each of the weights of the next block.
   template <int HALVES>
   void multiply_all(const pag_block& block, const TapRange& taps, const TileGroup& group,
                     float* kept) {
-    constexpr int LINES = 8;
+    constexpr int ASKING = 8;
     DigitSums sums;
     const int8_t *weights = weights_of(block, taps), *next = weights + HALVES * block.half;
-    const int64_t lines = (LINES + group.count - 1) / group.count;
     for (int t = 0; t < group.count; t++, kept += TILE_ROWS * BLOCK) {
       const int8_t* input = scratch.digits + t * tile_bytes;
-      const int64_t asked = std::min(lines, LINES - t * lines);
-      if (asked > 0) {
-        multiply_many<HALVES, true>(input, weights, block.half, taps.steps, next, asked, sums);
-        next += asked * taps.steps * (2 * HALVES * DIGITS) * 64;
-      } else {
-        multiply_many<HALVES, false>(input, weights, block.half, taps.steps, next, 0, sums);
-      }
+      if (t < ASKING)
+        multiply_many<HALVES, true>(input, weights, block.half, taps.steps, next, sums);
+      else
+        multiply_many<HALVES, false>(input, weights, block.half, taps.steps, next, sums);
+      next += taps.steps * HALVES * (STEP_BYTES / ASKING);
       PAG_FENCE;
       finish_tile<HALVES>(group.epilogue[t], sums, 0, taps, group.of_input[t], group.pixels(t),
                           block, kept);
