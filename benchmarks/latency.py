@@ -64,6 +64,7 @@ CASES = (
     Case("smp:UPerNet:tu-convnext_tiny", "1x3x384x480"),
     Case("timm:efficientnet_b0", "1x3x224x224"),
     Case("timm:resnet50", "1x3x512x512"),
+    Case("timm:resnext50_32x4d", "1x3x224x224"),
     Case("timm:resnet50", "8x3x224x224"),
     Case("timm:convnext_tiny", "8x3x224x224"),
     Case("smp:Unet:resnet34", "1x3x384x480", pattern="random"),
