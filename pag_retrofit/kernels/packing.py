@@ -53,17 +53,11 @@ def is_depthwise(out_channels: int, channels: int, groups: int) -> bool:
     return groups > 1 and groups == channels == out_channels
 
 
-def slim_group(out_channels: int, channels: int, groups: int) -> int:
-    """Channels of a group if it is slim, else 0."""
-    slim = groups > 1 and channels == out_channels and channels // groups in _SLIM
-    return channels // groups if slim else 0
-
-
 def packed_size(out_channels: int, channels: int, groups: int, taps: int) -> int:
     """Number of floats of a packed weight."""
     if is_depthwise(out_channels, channels, groups):
         return taps * _rounded(channels)
-    if slim := slim_group(out_channels, channels, groups):
+    if slim := _slim_group(out_channels, channels, groups):
         return taps * slim * _rounded(channels)
     own_columns, own_channels = out_channels // groups, channels // groups
     joined = _joined(own_columns, groups)
@@ -86,7 +80,7 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
     channels, taps = own_channels * groups, kernel[0] * kernel[1]
     weight = weight.detach().float()
     packed = weight.new_zeros(packed_size(out_channels, channels, groups, taps))
-    if slim := slim_group(out_channels, channels, groups):
+    if slim := _slim_group(out_channels, channels, groups):
         padded = weight.new_zeros(slim, _rounded(channels), taps)
         split = weight.reshape(groups, slim, slim, taps)
         padded[:, :channels] = split.transpose(0, 1).reshape(slim, channels, taps)
@@ -104,7 +98,7 @@ def unpack_weight(
 ) -> Tensor:
     """Undo `pack_weight`: the weight (out, in / groups, kh, kw)."""
     taps = kernel[0] * kernel[1]
-    if slim := slim_group(out_channels, channels, groups):
+    if slim := _slim_group(out_channels, channels, groups):
         blocks = packed.view(-1, taps, slim, NARROW).permute(2, 0, 3, 1)
         split = _turned(blocks.reshape(slim, -1, taps))[:, :channels].unflatten(1, (groups, slim))
         return split.transpose(0, 1).reshape(out_channels, slim, *kernel)
@@ -211,8 +205,18 @@ def from_digits(stored: Tensor, out_channels: int, channels: int, taps: int) -> 
     return packed
 
 
+def _slim_group(out_channels: int, channels: int, groups: int) -> int:
+    """Channels of a group if it is slim, else 0."""
+    slim = groups > 1 and channels == out_channels and channels // groups in _SLIM
+    return channels // groups if slim else 0
+
+
 def _turned(weight: Tensor) -> Tensor:
-    """From (output channel of a group, input channel, taps) to (t, ...) of slim groups, or back."""
+    """Turn the weight of slim groups into what the kernels multiply, or back.
+
+    Of (output channel of its group, input channel, taps) it becomes (t, input channel, taps): row t
+    is that of output channel t XOR the input channel's place in its group.
+    """
     slim = weight.shape[0]
     groups = weight.unflatten(1, (-1, slim)).transpose(1, 2)
     places = torch.arange(slim)
