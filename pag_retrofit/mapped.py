@@ -31,7 +31,6 @@ class MappedWeights:
     def __init__(self, network: nn.Module):
         """Write the file, and point the network's tensors into it."""
         self._mapping: mmap.mmap | None = None
-        self._any = False
         weights = [
             x
             for x in (*network.parameters(), *network.buffers())
