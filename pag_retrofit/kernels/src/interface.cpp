@@ -298,18 +298,27 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
 // Whether compressed weights are expanded for the only tile, and not kept.
 bool reads_once(const pag_plan& plan) { return plan.expanding && plan.tiles == 1; }
 
+// In how many shares of output channels threads work, or 1: they share out the pixels. That is where
+// these are too few to go round, or where it would take a thread longer to read all weights, and to expand
+// them, than to read all input.
+int64_t shares_of_channels(const pag_plan& plan, int threads) {
+  const bool few = plan.pixels < (int64_t)plan.taps * plan.call->out_channels;
+  if (threads == 1 || plan.slim || plan.tiles >= threads && !(few && plan.blocks % threads == 0))
+    return 1;
+  const bool twice = plan.tiles > 1 && plan.blocks % (2 * threads) == 0;  // a tile's input is transposed
+  return std::min<int64_t>(plan.blocks, twice ? 2 * threads : threads);
+}
+
 // Blocks of output channels that are computed together, tile by tile: their weights stay cached. Those
 // that a single tile reads need not.
-int32_t blocks_together(const pag_plan& plan, int threads) {
+int32_t blocks_together(const pag_plan& plan, int64_t shares) {
   if (plan.slim) return 1;
   const int64_t bytes = (int64_t)plan.taps * plan.bundle_channels * 32 * sizeof(float);
   int64_t fitting = std::clamp<int64_t>(weights_budget() / bytes, 1, plan.blocks);
   if (reads_once(plan)) fitting = plan.blocks;
   const int64_t parts = (plan.blocks + fitting - 1) / fitting;
-  int64_t together = (plan.blocks + parts - 1) / parts;
-  if (plan.tiles < threads)  // too few pixels to go round: share the channels out
-    together = std::min<int64_t>(together, (plan.blocks + threads - 1) / threads);
-  return (int32_t)together;
+  const int64_t even = (parts + shares - 1) / shares * shares;
+  return (int32_t)((plan.blocks + even - 1) / even);
 }
 
 // --- convolution by tiles --------------------------------------------------------------------
@@ -494,12 +503,14 @@ int convolve(const pag_convolution* given, int threads) {
   const int64_t floats = plan.pixels * (call->channels + call->out_channels) + weights;
   threads = worthwhile(threads, std::max(plan.pixels * weights / 8, floats));
   if (plan.by_digits) return convolve_digits(plan, threads);
-  const int32_t together = blocks_together(plan, threads);
+  const int64_t shares = shares_of_channels(plan, threads);
+  const int32_t together = blocks_together(plan, shares);
   const int32_t parts = plan.slim ? 1 : (plan.blocks + together - 1) / together;
   if (call->compressed && !reads_once(plan))
     plan.expanded_bytes = sizeof(float) * together * 32 * plan.taps * call->channels;
-  const int64_t chunks =
-      threads == 1 ? 1 : std::min<int64_t>(plan.tiles, (int64_t)threads * UNITS_PER_THREAD);
+  const int64_t chunks = threads == 1 || shares >= threads
+                             ? 1
+                             : std::min<int64_t>(plan.tiles, (int64_t)threads * UNITS_PER_THREAD);
   std::atomic<bool> failed{false};
   share(parts * chunks, threads, [&](int64_t unit) {
     const int64_t part = unit / chunks, chunk = unit % chunks;
