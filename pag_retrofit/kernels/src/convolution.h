@@ -85,7 +85,9 @@ PAG_INLINE void multiply_pixels(int pixels, const Input& input, const float* wei
 constexpr int WEIGHT_BYTES = 3;
 constexpr int HALF = PAG_NARROW;                 // columns
 constexpr int HALF_BYTES = HALF * WEIGHT_BYTES;  // of a row of one half
-constexpr int AHEAD = 3072;  // bytes that are asked for before; a page or more wins less
+// Bytes that are asked for before: as much as comes from memory while few pixels make short steps. Were
+// it more, lines would compete for their places in the cache.
+constexpr int AHEAD = 128 * HALF_BYTES;
 
 // Four numbers at a time from three words. A number comes as its multiple by 256.
 PAG_INLINE void expand(const uint8_t* compressed, int count, float* to) {
@@ -329,13 +331,11 @@ template <int PIXELS>
 PAG_OUTLINE PAG_MOVES_BYTES void multiply_tall_tile(const float* transposed, int64_t depth,
                                                     const uint8_t* compressed, const Epilogue& e,
                                                     int column, int columns) {
-  constexpr int STEPS_AHEAD = 16;
+  constexpr int STEPS_AHEAD = 2400 / PIXELS;  // a step takes about half a cycle for each
   Vector sums[PIXELS][1] = {};
   for (int64_t k = 0; k < depth; k++, transposed += PIXELS, compressed += HALF_BYTES) {
     const Vector w = expand_vector(compressed);
-    __builtin_prefetch(compressed + AHEAD, 0, 3);
-    for (int i = 0; i < PIXELS; i += LINE)
-      __builtin_prefetch(transposed + STEPS_AHEAD * PIXELS + i, 0, 3);
+    __builtin_prefetch(compressed + STEPS_AHEAD * HALF_BYTES, 0, 3);
     PAG_UNROLL
     for (int i = 0; i < PIXELS; i++) sums[i][0] += broadcast(transposed[i]) * w;
   }
