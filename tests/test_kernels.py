@@ -520,7 +520,9 @@ class TestConvolution:
         grouped = Case((96,), out_channels=96, groups=96, size=(63, 65), mask="all")
         slim = Case((64,), out_channels=64, groups=16, size=(63, 65), mask="all")
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
-        plain = (case, grouped, slim, few, replace(case, winograd=True))
+        heavy = Case((64,), out_channels=256, size=(12, 13))
+        bundles = Case((64,), out_channels=128, groups=4, size=(12, 13))
+        plain = (case, grouped, slim, few, heavy, bundles, replace(case, winograd=True))
         compressed = [replace(c, compressed=True) for c in plain if c.groups == 1]
         digits = [replace(c, digits=True) for c in plain if c.groups == 1 and not c.winograd]
         for each in (*plain, *compressed, *digits):

@@ -298,14 +298,15 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
 // Whether compressed weights are expanded for the only tile, and not kept.
 bool reads_once(const pag_plan& plan) { return plan.expanding && plan.tiles == 1; }
 
-// In how many shares of output channels threads work, or 1: they share out the pixels. That is where
-// these are too few to go round, or where it would take a thread longer to read all weights, and to expand
-// them, than to read all input.
+// Into how many shares threads divide the output channels: where pixels are too few to go round, or where
+// all weights, which each thread would have to read and expand, are more than all input. Else 1: they
+// divide the pixels.
 int64_t shares_of_channels(const pag_plan& plan, int threads) {
-  const bool few = plan.pixels < (int64_t)plan.taps * plan.call->out_channels;
-  if (threads == 1 || plan.slim || plan.tiles >= threads && !(few && plan.blocks % threads == 0))
-    return 1;
-  const bool twice = plan.tiles > 1 && plan.blocks % (2 * threads) == 0;  // a tile's input is transposed
+  const int64_t group_columns = plan.call->out_channels / plan.call->groups;
+  const bool heavy = plan.taps * group_columns > plan.pixels && plan.blocks % threads == 0;
+  if (threads == 1 || plan.slim || (plan.tiles >= threads && !heavy)) return 1;
+  // More shares than threads make up for interruptions, but each transposes the input of a single tile.
+  const bool twice = plan.tiles > 1 && plan.blocks % (2 * threads) == 0;
   return std::min<int64_t>(plan.blocks, twice ? 2 * threads : threads);
 }
 
