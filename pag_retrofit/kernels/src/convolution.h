@@ -331,7 +331,7 @@ template <int PIXELS>
 PAG_OUTLINE PAG_MOVES_BYTES void multiply_tall_tile(const float* transposed, int64_t depth,
                                                     const uint8_t* compressed, const Epilogue& e,
                                                     int column, int columns) {
-  constexpr int STEPS_AHEAD = 2400 / PIXELS;  // a step takes about half a cycle for each
+  constexpr int STEPS_AHEAD = 2400 / PIXELS;  // a pixel takes half a cycle of each step
   Vector sums[PIXELS][1] = {};
   for (int64_t k = 0; k < depth; k++, transposed += PIXELS, compressed += HALF_BYTES) {
     const Vector w = expand_vector(compressed);
