@@ -27,8 +27,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "layer_kl": ("gated.sparsity.kind=layer",),
     "identity": ("gated.retrofit={bypass: identity}",),
+    "coarse": ("gated.retrofit={bypass: coarse}",),
     "conv": ("gated.retrofit={scope: conv}",),
     "conv_collapsed": ("gated.retrofit={scope: conv, bypass: collapsed}",),
+    "conv_coarse": ("gated.retrofit={scope: conv, bypass: coarse}",),
     "weight_40": ("gated.sparsity.weight=40",),
     "dial": ("stages=[dial]",),
 }

@@ -31,8 +31,10 @@ _VARIANTS = {
     "default": "default: one budget term, residual branches, collapsed bypass",
     "layer_kl": "a KL term per gate (the paper)",
     "identity": "identity bypass",
+    "coarse": "coarse bypass",
     "conv": "scope `conv`, identity bypass (the paper)",
     "conv_collapsed": "scope `conv`, collapsed bypass",
+    "conv_coarse": "scope `conv`, coarse bypass",
     "weight_40": "sparsity weight 40 instead of 10",
     "dial": "one network for all budgets (the dial)",
 }

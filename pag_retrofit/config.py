@@ -11,7 +11,7 @@ from pag_retrofit.errors import PagError
 
 CONFIG_VERSION = 1
 SCOPES = ("branch", "conv")
-BYPASSES = ("auto", "identity", "collapsed")
+BYPASSES = ("auto", "identity", "collapsed", "coarse")
 POLICIES = ("pixel", "layer", "random", "grid", "truncation")
 
 
@@ -103,8 +103,12 @@ class RetrofitConfig:
             `"conv"` gates only convolutions larger than 1x1, as the paper does.
         bypass: What a closed pixel of a gated convolution gets instead. `"identity"` is its
             input (where channels agree, else collapsed), `"collapsed"` a 1x1 convolution made
-            of the kernel summed over its taps, `"auto"` collapsed in scope `"branch"` and
-            identity in scope `"conv"`. Residual branches always fall back to their shortcut.
+            of the kernel summed over its taps, `"coarse"` interpolated from the output at every
+            second pixel of every second row, which is then computed in any case: best where
+            outputs are smooth, but nothing below a quarter of the convolution. `"auto"` is
+            collapsed in scope `"branch"` and identity in scope `"conv"`. Convolutions of 1x1 are
+            coarse unless they pass on their input; truncation collapses what is larger. Residual
+            branches always fall back to their shortcut.
         policy: Who decides. `"pixel"` is PAG: each pixel, by its features. The others are what it
             is compared with: `"layer"` computes a site or skips it, per image; `"random"` and
             `"grid"` compute pixels at random or on a regular grid, at rates that are learned;

@@ -375,6 +375,8 @@ class Interpolate(Step):
         slope: Of a leaky ReLU.
         spared: Name of a mask whose open pixels are activated later, by a convolution that adds to
             them, and all others here; "" if there is none.
+        grid_apart: The convolution of open pixels is one, that of others on the grid another, which
+            activates nothing.
     """
 
     layout: str
@@ -382,6 +384,7 @@ class Interpolate(Step):
     activation: str
     slope: float
     spared: str = ""
+    grid_apart: bool = False
 
     def reads(self) -> Iterator[str]:
         """The mask that is looked at besides its own."""
@@ -398,6 +401,11 @@ class Interpolate(Step):
         """The pixels that were computed."""
         return on_grid_or_open(self.mask)
 
+    @property
+    def activated(self) -> Demand:
+        """What was activated as it was computed, if that is all of the map."""
+        return Masked(self.mask) if self.grid_apart else self.computed
+
     def needs(self, demanded: Demand) -> Iterator[tuple[str, Demand]]:
         """All that can be computed: what is demanded may be known only now."""
         yield self.writes, EVERYWHERE
@@ -407,7 +415,7 @@ class Interpolate(Step):
         rows = as_rows(values[self.writes], self.layout)
         demanded = either(demanded, Grid(self.mask))  # no more work, and a simpler set
         between, computed = both(demanded, self.where), both(demanded, self.computed)
-        activated = demands.listed(self.computed)
+        activated = demands.listed(self.activated)
         if self.spared:
             kernels.interpolate(rows, demands.listed(both(between, Masked(self.spared))))
             others = Masked(self.spared, wanted=False)
@@ -696,7 +704,7 @@ class Decide(Step):
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
         """Decide."""
         tape = kernels.recording()
-        computed = demands.listed(self.before.computed) if self.before else None
+        computed = demands.listed(self.before.activated) if self.before else None
         if tape is not None:
             values[self.writes] = self._record(tape, values, computed)
         elif self.gate.override is not None:

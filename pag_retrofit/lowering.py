@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from pag_retrofit import kernels
 from pag_retrofit.aliasing import may_give_a_view
-from pag_retrofit.demand import EVERYWHERE, Demand, Masked, both
+from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, both
 from pag_retrofit.execution import (
     Activate,
     Allocate,
@@ -946,35 +946,32 @@ class _Lowering:
         if _can_add(group):
             parts = tuple(self._upsampled_last(node, part, group) for part in parts)
         for part in parts:
-            winograd, digits = _ways(part, group)
-            where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
-            if group.coarse:
-                where = on_grid_or_open(group.coarse)
-            self.state.steps.append(
-                Convolve(
-                    writes=node.name,
-                    layer=kernels.PerforatedConvolution(
-                        part.weight,
-                        part.bias,
-                        window=part.window,
-                        groups=part.groups,
-                        activation=activation,
-                        slope=group.slope,
-                        winograd=winograd,
-                        activate_if_all=bool(group.coarse),
-                        compressed=not digits
-                        and kernels.prefers_compressed(part.weight, part.groups),
-                        digits=digits,
-                    ),
-                    layout=group.layout,
-                    sources=part.sources,
-                    size=part.size,
-                    where=where,
-                    residual=part.added or residual,
-                    accumulate=in_place,
-                    residual_after=group.residual_after,
+            for where, winograd, digits, activates in _passes(part, group):
+                self.state.steps.append(
+                    Convolve(
+                        writes=node.name,
+                        layer=kernels.PerforatedConvolution(
+                            part.weight,
+                            part.bias,
+                            window=part.window,
+                            groups=part.groups,
+                            activation=activation if activates else "none",
+                            slope=group.slope,
+                            winograd=winograd,
+                            activate_if_all=bool(group.coarse) and activates,
+                            compressed=not digits
+                            and kernels.prefers_compressed(part.weight, part.groups),
+                            digits=digits,
+                        ),
+                        layout=group.layout,
+                        sources=part.sources,
+                        size=part.size,
+                        where=where,
+                        residual=part.added or residual,
+                        accumulate=in_place,
+                        residual_after=group.residual_after,
+                    )
                 )
-            )
         if group.coarse:
             self.state.steps.append(
                 Interpolate(
@@ -983,6 +980,7 @@ class _Lowering:
                     mask=group.coarse,
                     activation=group.activation,
                     slope=group.slope,
+                    grid_apart=len(_passes(parts[0], group)) > 1,
                 )
             )
         if last != "none":
@@ -1065,16 +1063,49 @@ class _Lowering:
         return Allocate(writes=node.name, buffer=buffer, copied=copied, copied_layout=group.layout)
 
 
+class _Pass(NamedTuple):
+    """Pixels of a convolution that one call computes, and how.
+
+    Args:
+        where: The pixels.
+        winograd: In tiles of 2x2.
+        digits: In digits.
+        activates: Applies the activation, if the group has one; between some pixels others are
+            interpolated first, so there only if it computes all of the map.
+    """
+
+    where: Demand
+    winograd: bool
+    digits: bool
+    activates: bool = True
+
+
+def _passes(part: _Part, group: _Group) -> list[_Pass]:
+    """The calls that compute a part.
+
+    Between pixels of the grid others are interpolated. They lie in tiles of their own, so tiles are
+    for what is open, and what else is on the grid is computed directly.
+    """
+    winograd, digits = _ways(part, group)
+    if not group.coarse:
+        where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
+        return [_Pass(where, winograd, digits)]
+    if not winograd:
+        return [_Pass(on_grid_or_open(group.coarse), winograd, digits)]
+    rest = both(Grid(group.coarse), Masked(group.coarse, wanted=False))
+    directly = kernels.prefers_digits(part.weight, part.groups)
+    opened = _Pass(Masked(group.coarse), winograd, digits)
+    return [opened, _Pass(rest, False, directly, activates=False)]
+
+
 def _ways(part: _Part, group: _Group) -> tuple[bool, bool]:
     """Whether to compute in tiles of 2x2 pixels, and whether in digits.
 
-    Pixels between which others are interpolated lie in tiles of their own. In tiles of an upsampled
-    map less than half of the products are left, fewer than digits make up for.
+    In tiles of an upsampled map less than half of the products are left, fewer than digits make up
+    for.
     """
     pixels, upsampled = math.prod(group.rows[:3]), part.sources[0].upsampling > 1
-    winograd = not group.coarse and kernels.prefers_winograd(
-        part.weight, part.window, part.groups, pixels, upsampled
-    )
+    winograd = kernels.prefers_winograd(part.weight, part.window, part.groups, pixels, upsampled)
     if winograd and upsampled:
         return True, False
     digits = kernels.prefers_digits(part.weight, part.groups)

@@ -437,7 +437,8 @@ class _Finder:
         offset = _centre_offset(conv, call)
         excluded = self.aliased | self.refused.keys()
         owner = "" if node is None else identity_owner(node, self.network, self.config, excluded)
-        bypass = "identity" if owner else "collapsed" if taps > 1 else "coarse"
+        collapsible = taps > 1 and self._collapses
+        bypass = "identity" if owner else "collapsed" if collapsible else "coarse"
         macs = math.prod(conv.weight.shape)
         cost = SiteCost(
             (GatedOperation(name, macs),),
@@ -462,6 +463,11 @@ class _Finder:
         self._check_worth(site)
         return site
 
+    @property
+    def _collapses(self) -> bool:
+        """Whether convolutions larger than 1x1 are collapsed; truncation can do nothing else."""
+        return self.config.bypass != "coarse" or self.config.policy == "truncation"
+
     # --- checks ---------------------------------------------------------------------------
 
     def _check_wanted(self, name: str) -> None:
@@ -482,7 +488,7 @@ def identity_owner(
 ) -> str:
     """Module in which conv -> norm -> activation can be bypassed by the input; "" if none."""
     wanted = config.bypass
-    if wanted == "collapsed" or (wanted == "auto" and config.scope == "branch"):
+    if wanted in ("collapsed", "coarse") or (wanted == "auto" and config.scope == "branch"):
         return ""
     if network.value(conv).shape[1] != network.value(conv.args[0]).shape[1]:
         return ""

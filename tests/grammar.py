@@ -255,7 +255,8 @@ class Grammar:
         nest = self.pick(nn.Sequential, lambda *b: Listed(list(b)), lambda *b: nn.Sequential(*b))
         network = Network(stem, nest(*blocks), nn.Conv2d(self.channels, 2, 1))
         torch.manual_seed(self.draw(st.integers(0, 99)))
-        config = self.pick({}, {}, {}, {"scope": "conv"}, {"bypass": "identity"})
+        bypass = self.pick("auto", "auto", "identity", "coarse")
+        config = {"scope": self.pick("branch", "branch", "conv"), "bypass": bypass}
         return Case(enliven(network), (2, 3, *sides), pag.RetrofitConfig(min_share=0.0, **config))
 
     def block(self) -> nn.Module:

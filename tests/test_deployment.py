@@ -175,6 +175,46 @@ def test_convolutions_of_upsampled_maps(
             assert [layer.winograd for layer in layers].count(True) == (enough and pixels >= 128)
 
 
+@given(
+    channels, st.integers(2, 40), st.sampled_from([nn.ReLU, nn.SiLU, nn.Identity]),
+    st.tuples(st.integers(1, 2), st.integers(4, 18), st.integers(4, 34)), st.floats(0, 1),
+    st.sampled_from(["random", "blobs", "rows"]), st.sampled_from([1, 1, 2]),
+)  # fmt: skip
+@settings(max_examples=24, deadline=None, derandomize=True)
+def test_convolutions_between_whose_pixels_others_are_interpolated(
+    inputs: int, out: int, activation: type[nn.Module], size: tuple[int, int, int],
+    density: float, pattern: str, stride: int,
+) -> None:  # fmt: skip
+    block = nn.Sequential(conv(inputs, out, 3, stride), nn.BatchNorm2d(out), activation())
+    model = randomize(nn.Sequential(block, conv(out, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    x = torch.randn(size[0], inputs, *size[1:])
+    gated = gate_all(model.eval(), tuple(x.shape), bypass="coarse")
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for share in (density, 0.0, 1.0):
+            agree(gated, deployed, x, share, pattern)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid_is_open", [False, True])
+def test_pixels_that_no_single_call_computes_are_activated_once(grid_is_open: bool) -> None:
+    model = randomize(nn.Sequential(conv(24, 32, 3), nn.SiLU(), nn.Conv2d(32, 2, 1))).eval()
+    gated = gate_all(model, (1, 24, 18, 34), bypass="coarse", include=("0",))
+    gate = dict(named_gates(gated))["0"]
+    gate.weight.zero_()
+    gate.weight[:, 0], gate.bias[:] = 1.0, 0.0
+    x = torch.randn(1, 24, 18, 34)
+    x[:, 0] = -1.0 if grid_is_open else 1.0
+    x[:, 0, ::2, ::2] *= -1
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        close(deployed(x), gated(x))
+        close(deployed(x), gated(x))  # as it is replayed, too
+        made = [step.layer for step in steps_of(deployed) if isinstance(step, Convolve)]
+        if not any(layer.digits for layer in made):
+            assert [layer.winograd for layer in made] == [True, False, False]
+
+
 class Unskipped(nn.Module):
     """A convolution beside a skip connection without channels, as in SMP's U-Net on ConvNeXt."""
 

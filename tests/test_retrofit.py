@@ -671,7 +671,7 @@ def test_something_else_than_a_network() -> None:
     ("values", "word"),
     [
         ({"scope": "layer"}, "scope"),
-        ({"bypass": "coarse"}, "bypass"),
+        ({"bypass": "none"}, "bypass"),
         ({"include": "decoder.*"}, "include"),
         ({"exclude": (1,)}, "exclude"),
         ({"include": None}, "include"),
