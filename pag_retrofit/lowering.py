@@ -945,33 +945,33 @@ class _Lowering:
         parts = group.parts
         if _can_add(group):
             parts = tuple(self._upsampled_last(node, part, group) for part in parts)
-        for part in parts:
-            for where, winograd, digits, activates in _passes(part, group):
-                self.state.steps.append(
-                    Convolve(
-                        writes=node.name,
-                        layer=kernels.PerforatedConvolution(
-                            part.weight,
-                            part.bias,
-                            window=part.window,
-                            groups=part.groups,
-                            activation=activation if activates else "none",
-                            slope=group.slope,
-                            winograd=winograd,
-                            activate_if_all=bool(group.coarse) and activates,
-                            compressed=not digits
-                            and kernels.prefers_compressed(part.weight, part.groups),
-                            digits=digits,
-                        ),
-                        layout=group.layout,
-                        sources=part.sources,
-                        size=part.size,
-                        where=where,
-                        residual=part.added or residual,
-                        accumulate=in_place,
-                        residual_after=group.residual_after,
-                    )
+        passes = [call for part in parts for call in self._passes(part, group)]
+        for part, where, winograd, digits, activates, accumulates in passes:
+            compressed = kernels.prefers_compressed(part.weight, part.groups)
+            self.state.steps.append(
+                Convolve(
+                    writes=node.name,
+                    layer=kernels.PerforatedConvolution(
+                        part.weight,
+                        part.bias,
+                        window=part.window,
+                        groups=part.groups,
+                        activation=activation if activates else "none",
+                        slope=group.slope,
+                        winograd=winograd,
+                        activate_if_all=bool(group.coarse) and activates,
+                        compressed=compressed and not digits,
+                        digits=digits,
+                    ),
+                    layout=group.layout,
+                    sources=part.sources,
+                    size=part.size,
+                    where=where,
+                    residual=part.added or residual,
+                    accumulate=in_place or accumulates,
+                    residual_after=group.residual_after,
                 )
+            )
         if group.coarse:
             self.state.steps.append(
                 Interpolate(
@@ -980,7 +980,7 @@ class _Lowering:
                     mask=group.coarse,
                     activation=group.activation,
                     slope=group.slope,
-                    grid_apart=len(_passes(parts[0], group)) > 1,
+                    grid_apart=len(passes) > 1,
                 )
             )
         if last != "none":
@@ -990,6 +990,50 @@ class _Lowering:
         if group.activation in _NOT_NEGATIVE and not group.residual_after:
             self.not_negative.add(node)
         self.state.made.add(node)
+
+    def _passes(self, part: _Part, group: _Group) -> list[_Pass]:
+        """The calls that compute a part.
+
+        Between pixels of the grid others are interpolated. They lie in tiles of their own, so tiles
+        are for what is open, and what else is on the grid is computed directly.
+        """
+        winograd, digits = _ways(part, group)
+        if not group.coarse:
+            where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
+            return [_Pass(part, where, winograd, digits)]
+        if not winograd:
+            return [_Pass(part, on_grid_or_open(group.coarse), winograd, digits)]
+        opened = _Pass(part, Masked(group.coarse), winograd, digits)
+        closed = both(Grid(group.coarse), Masked(group.coarse, wanted=False))
+        directly = [
+            _Pass(
+                some,
+                closed,
+                winograd=False,
+                digits=kernels.prefers_digits(some.weight, some.groups),
+                activates=False,
+                accumulates=number > 0,
+            )
+            for number, some in enumerate(self._seen_by_grid(part))
+        ]
+        return [opened, *directly]
+
+    def _seen_by_grid(self, part: _Part) -> list[_Part]:
+        """What a 3x3 convolution is at every second pixel of every second row, as a sum.
+
+        Of a map that is read upsampled by two it sees two pixels each way, the second one twice.
+        """
+        small = [self._is_half(source, part) for source in part.sources]
+        if part.window != Window((3, 3), (1, 1), (1, 1), (1, 1)) or not any(small):
+            return [part]
+        halved = self._of_sources(part, small)
+        rows = torch.stack([halved.weight[:, :, 0], halved.weight[:, :, 1:].sum(2)], 2)
+        weight = torch.stack([rows[..., 0], rows[..., 1:].sum(3)], 3)
+        folded = replace(halved, weight=weight, window=Window((2, 2), (1, 1), (1, 1), (1, 1)))
+        if all(small):
+            return [folded]
+        others = self._of_sources(part, [not is_half for is_half in small])
+        return [folded, replace(others, bias=torch.zeros_like(part.bias))]
 
     def _upsampled_last(self, node: Node, part: _Part, group: _Group) -> _Part:
         """Of a 1x1 convolution, what upsampled maps make, computed before, and the rest."""
@@ -1064,38 +1108,24 @@ class _Lowering:
 
 
 class _Pass(NamedTuple):
-    """Pixels of a convolution that one call computes, and how.
+    """What one call computes of a convolution, and how.
 
     Args:
-        where: The pixels.
+        part: The convolution, or some of its sources.
+        where: At which pixels.
         winograd: In tiles of 2x2.
         digits: In digits.
         activates: Applies the activation, if the group has one; between some pixels others are
             interpolated first, so there only if it computes all of the map.
+        accumulates: Adds to what another call wrote.
     """
 
+    part: _Part
     where: Demand
     winograd: bool
     digits: bool
     activates: bool = True
-
-
-def _passes(part: _Part, group: _Group) -> list[_Pass]:
-    """The calls that compute a part.
-
-    Between pixels of the grid others are interpolated. They lie in tiles of their own, so tiles are
-    for what is open, and what else is on the grid is computed directly.
-    """
-    winograd, digits = _ways(part, group)
-    if not group.coarse:
-        where = both(Masked(group.mask) if group.mask else EVERYWHERE, part.where)
-        return [_Pass(where, winograd, digits)]
-    if not winograd:
-        return [_Pass(on_grid_or_open(group.coarse), winograd, digits)]
-    rest = both(Grid(group.coarse), Masked(group.coarse, wanted=False))
-    directly = kernels.prefers_digits(part.weight, part.groups)
-    opened = _Pass(Masked(group.coarse), winograd, digits)
-    return [opened, _Pass(rest, False, directly, activates=False)]
+    accumulates: bool = False
 
 
 def _ways(part: _Part, group: _Group) -> tuple[bool, bool]:

@@ -151,18 +151,18 @@ channels = st.integers(1, 40)
 
 @given(
     st.lists(channels, min_size=1, max_size=2), st.lists(channels, max_size=2), channels,
-    st.booleans(),
-    st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 17)), st.floats(0, 1),
+    st.sampled_from(["", "collapsed", "coarse"]),
+    st.tuples(st.integers(1, 2), st.integers(2, 9), st.integers(2, 17)), st.floats(0, 1),
     st.sampled_from(["random", "blobs", "rows"]), st.sampled_from([0, 0, 1]),
 )  # fmt: skip
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=36, deadline=None, derandomize=True)
 def test_convolutions_of_upsampled_maps(
-    small: list[int], large: list[int], out: int, gates: bool,
+    small: list[int], large: list[int], out: int, bypass: str,
     half: tuple[int, int, int], density: float, pattern: str, crop: int,
 ) -> None:  # fmt: skip
     x = torch.randn(half[0], 3, 2 * half[1], 2 * half[2])
     model = nn.Sequential(randomize(Decoder(small, large, out, crop)), nn.Conv2d(out, 8, 1)).eval()
-    config = {} if gates else {"exclude": ("0.*",)}
+    config: dict[str, Any] = {"bypass": bypass} if bypass else {"exclude": ("0.*",)}
     gated = gate_all(model, tuple(x.shape), **config)
     for backend in ("auto", "reference"):
         deployed = pag.deploy(gated, backend)
@@ -172,7 +172,10 @@ def test_convolutions_of_upsampled_maps(
         enough = read_upsampled or out * sum(small + large) >= 512
         pixels = half[0] * (2 * half[1] - crop) * 2 * half[2]
         if not any(layer.digits and layer.window.kernel == (3, 3) for layer in layers):
-            assert [layer.winograd for layer in layers].count(True) == (enough and pixels >= 128)
+            tiles = [layer.winograd for layer in layers].count(True)
+            assert tiles == (enough and pixels >= 128)
+            folded = [layer for layer in layers if layer.window.kernel == (2, 2)]
+            assert len(folded) == (tiles and bypass == "coarse" and not crop)
 
 
 @given(
