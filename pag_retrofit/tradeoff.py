@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pag_retrofit.building import build_task, evaluation_data
 from pag_retrofit.calibration import set_budget
 from pag_retrofit.checkpoints import write_json
+from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import load_network
 from pag_retrofit.io import WEIGHTS_NAME
 from pag_retrofit.latency import time_networks
@@ -92,8 +93,14 @@ def run_tradeoff(
         The content of `tradeoff.json`.
 
     Raises:
-        RecipeError: A stage cannot be run.
+        RecipeError: A stage cannot be run, or none has a budget.
     """
+    if not NAMES.keys() & set(recipe.stages):
+        expected = ", ".join(name for name in NAMES if name != "timed")
+        raise RecipeError(
+            f"stages={list(recipe.stages)}: nothing that has a budget; expected one or more of "
+            f"{expected} (`pag-retrofit finetune` trains dense networks alone)"
+        )
     points: list[Point] = []
     for seed in seeds:
         points += _points(_with_seed(recipe, seed, seeds[0]), seed)

@@ -53,6 +53,15 @@ def test_stages_over_seeds_are_collected_timed_and_drawn(
     assert (tmp_path / "out/seed-3/gated-0.50/model.safetensors").is_file()
 
 
+def test_dense_networks_alone_are_refused_before_they_are_trained(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(output=tmp_path / "out"))
+    recipe = load_recipe(path, ["stages=[dense, reference]"])
+    with pytest.raises(pag.RecipeError, match=r"stages=\['dense', 'reference'\].*gated"):
+        run_tradeoff(recipe, [0])
+    assert not (tmp_path / "out").exists()
+
+
 def test_curves_are_means_over_seeds() -> None:
     points = [
         Point("dense", "dense", 0, None, 1.0, 0.8, {"eager": 10.0, "deployed": 12.0}),
