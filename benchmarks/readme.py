@@ -38,6 +38,8 @@ _VARIANTS = {
     "weight_40": "sparsity weight 40 instead of 10",
     "dial": "one network for all budgets (the dial)",
 }
+_BYPASSES = ("_collapsed", "_coarse")
+"""What the results of a recipe that was run with the other bypass, too, end with."""
 _KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
 
@@ -220,6 +222,8 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     lines = []
     for name, run in results.items():
         points = run["points"]
+        if name.endswith(_BYPASSES):
+            continue
         if run["task"] == "multitask":
             lines += [*_multitask_lines(name, run), ""]
             continue
@@ -301,10 +305,10 @@ def _half_lines(run: dict[str, Any]) -> list[str]:
 
 
 def _recipe_line(name: str, shown: str, run: dict[str, Any]) -> str:
+    note = f", {run['note']}" if run.get("note") else ""
     recipe = run.get("recipe", name)
-    again = "" if recipe == name else ", begun with a dense network that was trained anew"
     return (
-        f"`recipes/{recipe}.yaml`{again}: {shown}, {run['images']} held-out images; "
+        f"`recipes/{recipe}.yaml`{note}: {shown}, {run['images']} held-out images; "
         f"{run['epochs'][0]} epochs for the dense network, {run['epochs'][1]} more for every other "
         "one."
     )
@@ -336,6 +340,40 @@ def _task_metric(key: str) -> str:
 
 def _least(times: dict[str, float]) -> float | None:
     return min(times.values(), default=None)
+
+
+def bypass_table(results: dict[str, Any]) -> str:
+    """Gated networks with either bypass of convolutions, one row per recipe and budget."""
+    lines = [
+        "| recipe, metric | dense, trained on equally long | budget | collapsed bypass | "
+        "coarse bypass |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in results.items():
+        twins = {kind: results.get(f"{name}{kind}", run) for kind in _BYPASSES}
+        if all(twin is run for twin in twins.values()):
+            continue
+        shown, factor = _METRICS[run["metric"]]
+        scores = {kind: _scores(twin, "gated") for kind, twin in twins.items()}
+        references = _scores(run, "reference")[None]
+        for budget in sorted(set.intersection(*map(set, scores.values())), reverse=True):
+            cells = [
+                f"`{name}`, {shown}",
+                ", ".join(f"{factor * x:.2f}" for x in references),
+                f"{budget:g}",
+                *(", ".join(f"{factor * x:.2f}" for x in scores[k][budget]) for k in _BYPASSES),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _scores(run: dict[str, Any], kind: str) -> dict[Any, list[float]]:
+    """Budget -> metric of one kind of network, per seed."""
+    found: dict[Any, list[float]] = {}
+    for point in sorted(run["points"], key=lambda point: int(point["seed"])):
+        if point["kind"] == kind:
+            found.setdefault(point["budget"], []).append(point["metric"])
+    return found
 
 
 def ablation_table(results: dict[str, Any]) -> str:
@@ -586,7 +624,10 @@ def _blocks() -> dict[str, dict[str, str]]:
             "compression-table": compression_table(_read("compression")),
         },
         "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
-        "docs/ablations.md": {"ablation-table": ablation_table(_read("ablation"))},
+        "docs/ablations.md": {
+            "ablation-table": ablation_table(_read("ablation")),
+            "bypass-table": bypass_table(_read("tradeoff")),
+        },
         "docs/method.md": {"time-budget-table": time_budget_table(_read("time_budget"))},
         "docs/tasks.md": {"matching-table": matching_table(_read("matching"))},
     }

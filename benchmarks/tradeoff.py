@@ -7,8 +7,8 @@ Each argument is the output folder of a recipe, and after commas those of furthe
 with its dense network or have budgets in time; stages that are not complete are left out. Adds to
 benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With `--timed` it
 measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
-With `--name` the results stand beside the recipe's, without pictures: where its dense network was
-trained anew, what begins with it is compared with nothing else.
+With `--name` and `--note` the results stand beside the recipe's, without pictures: where its dense
+network was trained anew, what begins with it is compared with nothing else.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="FOLDER[,FOLDER...] of the seeds of a recipe")
     parser.add_argument("--timed", action="store_true", help="measure times as well")
     parser.add_argument("--name", help="in the results; default: the recipe's")
+    parser.add_argument("--note", default="", help="above the table; default none")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if RESULTS.is_file():
@@ -125,7 +126,7 @@ def main() -> None:
     for run in arguments.runs:
         folders = [Path(folder) for folder in run.split(",")]
         recipe = load_recipe(folders[0] / "dense" / "recipe.yaml", [f"output={folders[0]}"])
-        collected = collect(folders, recipe, arguments.timed)
+        collected = {**collect(folders, recipe, arguments.timed), "note": arguments.note}
         results[arguments.name or recipe.name] = collected
         write_json(RESULTS, results)
         if arguments.name:
