@@ -343,37 +343,32 @@ def _least(times: dict[str, float]) -> float | None:
 
 
 def bypass_table(results: dict[str, Any]) -> str:
-    """Gated networks with either bypass of convolutions, one row per recipe and budget."""
+    """Gated networks with either bypass of convolutions, one row per recipe, budget and seed."""
     lines = [
-        "| recipe, metric | dense, trained on equally long | budget | collapsed bypass | "
+        "| recipe, metric | seed | dense, trained on equally long | budget | collapsed bypass | "
         "coarse bypass |",
-        "|---|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, run in results.items():
-        twins = {kind: results.get(f"{name}{kind}", run) for kind in _BYPASSES}
-        if all(twin is run for twin in twins.values()):
+        twins = [results.get(f"{name}{kind}", run) for kind in _BYPASSES]
+        if all(twin is run for twin in twins):
             continue
         shown, factor = _METRICS[run["metric"]]
-        scores = {kind: _scores(twin, "gated") for kind, twin in twins.items()}
-        references = _scores(run, "reference")[None]
-        for budget in sorted(set.intersection(*map(set, scores.values())), reverse=True):
-            cells = [
-                f"`{name}`, {shown}",
-                ", ".join(f"{factor * x:.2f}" for x in references),
-                f"{budget:g}",
-                *(", ".join(f"{factor * x:.2f}" for x in scores[k][budget]) for k in _BYPASSES),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+        references = {seed: score for (seed, _), score in _scores(run, "reference").items()}
+        collapsed, coarse = (_scores(twin, "gated") for twin in twins)
+        for seed, budget in sorted(collapsed.keys() & coarse.keys(), key=lambda k: (k[0], -k[1])):
+            scores = (references[seed], collapsed[seed, budget], coarse[seed, budget])
+            dense, *gated = (f"{factor * score:.2f}" for score in scores)
+            lines.append(
+                f"| `{name}`, {shown} | {seed} | {dense} | {budget:g} | {' | '.join(gated)} |"
+            )
     return "\n".join(lines)
 
 
-def _scores(run: dict[str, Any], kind: str) -> dict[Any, list[float]]:
-    """Budget -> metric of one kind of network, per seed."""
-    found: dict[Any, list[float]] = {}
-    for point in sorted(run["points"], key=lambda point: int(point["seed"])):
-        if point["kind"] == kind:
-            found.setdefault(point["budget"], []).append(point["metric"])
-    return found
+def _scores(run: dict[str, Any], kind: str) -> dict[tuple[int, Any], float]:
+    """Seed, budget -> metric of one kind of network."""
+    points = [point for point in run["points"] if point["kind"] == kind]
+    return {(point["seed"], point["budget"]): point["metric"] for point in points}
 
 
 def ablation_table(results: dict[str, Any]) -> str:

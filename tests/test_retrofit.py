@@ -356,6 +356,22 @@ def test_identity_bypass_passes_the_input_on() -> None:
 
 
 @torch.no_grad()
+def test_coarse_bypass_interpolates_larger_convolutions_but_does_not_truncate() -> None:
+    block = nn.Sequential(conv(8, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+    model = randomize(nn.Sequential(block, nn.Conv2d(8, 2, 1))).eval()
+    x = torch.randn(2, 8, 17, 13)
+    gated = gate_all(model, (1, 8, 16, 16), bypass="coarse")
+    with pag.override_gates(gated, pattern="none"):
+        wanted = F.relu(block[1](coarse_by_hand(block[0](x))))
+        torch.testing.assert_close(gated(x), coarse_by_hand(model[1](wanted)))
+    assert torch.equal(gated(x), model(x))
+    for policy, kinds in (("pixel", ["coarse"] * 2), ("truncation", ["collapsed", "coarse"])):
+        config = pag.RetrofitConfig(min_share=0.0, bypass="coarse", policy=policy)
+        plan = pag.plan(model, 1.0, example_input=(1, 8, 16, 16), config=config)
+        assert [site.bypass for site in plan.sites] == kinds
+
+
+@torch.no_grad()
 def test_conv_scope_gates_only_larger_kernels() -> None:
     model = randomize(timm.create_model("resnet50", layers=ONE_EACH, num_classes=5)).eval()
     config = pag.RetrofitConfig(scope="conv", min_share=0.0)
