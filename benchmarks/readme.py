@@ -222,8 +222,6 @@ def tradeoff_table(results: dict[str, Any]) -> str:
     lines = []
     for name, run in results.items():
         points = run["points"]
-        if name.endswith(_BYPASSES):
-            continue
         if run["task"] == "multitask":
             lines += [*_multitask_lines(name, run), ""]
             continue
@@ -357,8 +355,8 @@ def bypass_table(results: dict[str, Any]) -> str:
         references = {seed: score for (seed, _), score in _scores(run, "reference").items()}
         collapsed, coarse = (_scores(twin, "gated") for twin in twins)
         for seed, budget in sorted(collapsed.keys() & coarse.keys(), key=lambda k: (k[0], -k[1])):
-            scores = (references[seed], collapsed[seed, budget], coarse[seed, budget])
-            dense, *gated = (f"{factor * score:.2f}" for score in scores)
+            dense = f"{factor * references[seed]:.2f}" if seed in references else ""
+            gated = (f"{factor * twin[seed, budget]:.2f}" for twin in (collapsed, coarse))
             lines.append(
                 f"| `{name}`, {shown} | {seed} | {dense} | {budget:g} | {' | '.join(gated)} |"
             )
