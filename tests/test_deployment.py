@@ -152,7 +152,7 @@ channels = st.integers(1, 40)
 @given(
     st.lists(channels, min_size=1, max_size=2), st.lists(channels, max_size=2), channels,
     st.sampled_from(["", "collapsed", "coarse"]),
-    st.tuples(st.integers(1, 2), st.integers(2, 9), st.integers(2, 17)), st.floats(0, 1),
+    st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 17)), st.floats(0, 1),
     st.sampled_from(["random", "blobs", "rows"]), st.sampled_from([0, 0, 1]),
 )  # fmt: skip
 @settings(max_examples=36, deadline=None, derandomize=True)
