@@ -40,6 +40,10 @@ _VARIANTS = {
 }
 _BYPASSES = ("_collapsed", "_coarse")
 """What the results of a recipe that was run with the other bypass, too, end with."""
+_TASKS = ("segmentation", "boundaries", "depth", "normals")
+"""In the order of tables; others come after them."""
+_NEAR = 0.02
+"""Measured compute that is no further from the budget is not told."""
 _KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
 
@@ -218,42 +222,93 @@ def multipool_table(results: dict[str, Any]) -> str:
 
 
 def tradeoff_table(results: dict[str, Any]) -> str:
-    """Per recipe: every network at every budget, means over seeds."""
+    """Per recipe: every network at every budget; what has a note is folded away at the end."""
+    own = {name: run for name, run in results.items() if not run.get("note")}
+    # Those of gated networks alone stand in the bypass table.
+    noted = {
+        name: run
+        for name, run in results.items()
+        if run.get("note") and {p["kind"] for p in run["points"]} - {"dense", "reference", "gated"}
+    }
+    tasks = list(dict.fromkeys(_TASKS) | dict.fromkeys(run["task"] for run in own.values()))
     lines = []
-    for name, run in results.items():
-        points = run["points"]
-        if run["task"] == "multitask":
-            lines += [*_multitask_lines(name, run), ""]
+    for name, run in sorted(own.items(), key=lambda entry: tasks.index(entry[1]["task"])):
+        lines += [f"### {name}", "", *_budgets_table(name, run), ""]
+    lines += ["<details>", "<summary>With another bypass, or begun with other networks</summary>"]
+    for name, run in noted.items():
+        lines += ["", *_budgets_table(name, run)]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _budgets_table(name: str, run: dict[str, Any]) -> list[str]:
+    """A row per kind of network, a column per budget, scores of each seed in the cells."""
+    if run["task"] == "multitask":
+        return _multitask_lines(name, run)
+    shown, factor = _METRICS[run["metric"]]
+    points = run["points"]
+    kinds = sorted({p["kind"] for p in points}, key=list(_KINDS).index)
+    budgets = sorted({p["budget"] for p in points} - {None}, reverse=True)
+    head = "".join(f" {budget:g} |" for budget in budgets)
+    lines = [_recipe_line(name, shown, run)]
+    for kind in ("dense", "reference"):
+        scores = [factor * p["metric"] for p in points if p["kind"] == kind]
+        if scores:
+            lines.append(f"{_KINDS[kind].capitalize()}: {_each(scores)}.")
+    lines += ["", f"| network |{head}", "|---|" + "---:|" * len(budgets)]
+    best = {budget: _best(points, budget, "lower" in shown) for budget in budgets}
+    for kind in kinds:
+        if kind not in NAMES:
             continue
-        shown, factor = _METRICS[run["metric"]]
-        timed = any(point["times"] for point in points)
-        lines += [
-            _recipe_line(name, shown, run),
-            "",
-            f"| network | budget | measured compute | {shown}, each seed | mean |"
-            + (" deployed (ms) | fastest other runtime (ms) |" if timed else ""),
-            "|---|---:|---:|---:|---:|" + ("---:|---:|" if timed else ""),
-        ]
-        # Of rendered scenes each seed has other images: fewer seeds have another mean.
-        seeds = len({point["seed"] for point in points}) if run["data"] == "scenes" else 1
-        stages = dict.fromkeys((point["kind"], point["budget"]) for point in points)
-        for kind, budget in sorted(stages, key=_in_order):
-            found = [p for p in points if (p["kind"], p["budget"]) == (kind, budget)]
-            scores = [factor * point["metric"] for point in found]
-            cells = [
-                _KINDS[kind],
-                "" if budget is None else f"{budget:g}",
-                f"{statistics.mean(point['fraction'] for point in found):.3f}",
-                ", ".join(f"{score:.2f}" for score in scores),
-                f"{statistics.mean(scores):.2f}" if len(scores) >= seeds else "",
-            ]
-            if timed:
-                times = dict(next((p["times"] for p in found if p["times"]), {}))
-                own = times.pop("deployed", None)
-                cells += ["" if ms is None else f"{ms:.0f}" for ms in (own, _least(times))]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+        cells = [_cell(points, kind, budget, factor, best[budget]) for budget in budgets]
+        lines.append(f"| {_KINDS[kind]} | {' | '.join(cells)} |")
+    return lines + (_times_lines(points, kinds, budgets) if any(p["times"] for p in points) else [])
+
+
+def _cell(points: list[dict[str, Any]], kind: str, budget: float, factor: int, best: Any) -> str:
+    """Each seed's score, and the measured compute if it is not the budget."""
+    found = [p for p in points if (p["kind"], p["budget"]) == (kind, budget)]
+    if not found:
+        return ""
+    scores = _each([factor * p["metric"] for p in found])
+    fraction = statistics.mean(p["fraction"] for p in found)
+    off = f" at {fraction:.2f}" if abs(fraction - budget) > _NEAR else ""
+    return (f"**{scores}**" if any(p is best for p in found) else scores) + off
+
+
+def _each(scores: list[float]) -> str:
+    return ", ".join(f"{score:.2f}" for score in scores)
+
+
+def _best(points: list[dict[str, Any]], budget: float, lower: bool) -> Any:
+    """What scores best with the first seed that a budget was run with; None if nothing else was."""
+    found = [p for p in points if p["budget"] == budget]
+    if len({p["kind"] for p in found}) == 1:
+        return None
+    seed = min(p["seed"] for p in found)
+    choose = min if lower else max
+    return choose((p for p in found if p["seed"] == seed), key=lambda point: point["metric"])
+
+
+def _times_lines(points: list[dict[str, Any]], kinds: list[str], budgets: list[float]) -> list[str]:
+    """Milliseconds of the deployed networks, and of the fastest other runtime if one was tried."""
+    columns = [None, *budgets]
+    lines = [
+        "",
+        "| milliseconds, deployed / fastest other runtime | no budget |"
+        + "".join(f" {budget:g} |" for budget in budgets),
+        "|---|" + "---:|" * len(columns),
+    ]
+    for kind in kinds:
+        cells = []
+        for budget in columns:
+            found = [p["times"] for p in points if (p["kind"], p["budget"]) == (kind, budget)]
+            times = dict(next(filter(None, found), {}))
+            both = (times.pop("deployed", None), _least(times))
+            shown = ["-" if ms is None else f"{ms:.0f}" for ms in both]
+            cells.append(" / ".join(shown) if any(both) else "")
+        if any(cells):
+            lines.append(f"| {_KINDS[kind]} | {' | '.join(cells)} |")
+    return lines
 
 
 def half_table(results: dict[str, Any]) -> str:
