@@ -12,9 +12,9 @@ from pag_retrofit.errors import PagError
 from pag_retrofit.gates import named_gates, state_of, turn_dials
 from pag_retrofit.losses import decided_fraction
 
-_DRIFT = 5.0
-"""Over a whole training in which the fraction misses its target by 1."""
-_LARGEST_DRIFT = 0.15
+_DRIFT = 10.0
+"""Over as many steps as a whole training has, while the fraction misses its target by 1."""
+_LARGEST_DRIFT = 0.3
 
 
 class Annealer:
@@ -24,9 +24,10 @@ class Annealer:
     does is said at `sample_mask`.
 
     A quadratic loss stops short of a target that the task pulls away from, and what gates decide
-    in evaluation is not what their probabilities expect. So the sparsity loss aims at `aim`, which
-    drifts away from the target `rho` for as long as the decided fraction misses it (integral
-    control): at the end calibration has little left to change. Not with a dial, whose target
+    in evaluation is not what their probabilities expect. So after the ramp the sparsity loss aims
+    at `aim`, which drifts away from the target `rho` for as long as the decided fraction misses it
+    (integral control): at the end calibration has little left to change. On the ramp the fraction
+    lags behind anyway, and a drift that adds that up would overshoot. Not with a dial, whose target
     is another one in every step.
 
     Args:
@@ -100,7 +101,8 @@ class Annealer:
 
     def step(self) -> None:
         """Go one optimiser step further."""
-        if self.dial is None and any(gate.last_probability is not None for gate in self.gates):
+        drifts = self.dial is None and self.steps >= self.ramp_steps
+        if drifts and any(gate.last_probability is not None for gate in self.gates):
             missed = decided_fraction(self.gated) - self.rho
             drift = self.drift + self.drift_per_step * missed
             self.drift = min(max(drift, -_LARGEST_DRIFT), _LARGEST_DRIFT)

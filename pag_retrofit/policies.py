@@ -64,8 +64,8 @@ class InputFreeGate(PixelGate):
         return self.decide(self.logits(torch.empty(shape, device="meta")) + self.shift)
 
     def decided(self, probability: Tensor) -> Tensor:
-        """The same share of the pixels."""
-        return probability
+        """The mask of that rate: how many halos it needs depends on how it is scattered."""
+        return self.decide(torch.logit(probability))
 
     def extra_repr(self) -> str:
         """Show the stride."""

@@ -38,18 +38,21 @@ from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import Evaluation
 from pag_retrofit.gates import NetworkTimes, state_of, use_times
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
+from pag_retrofit.measurement import measure
 from pag_retrofit.processes import process_state
 from pag_retrofit.pruning import prune_gates
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
 from pag_retrofit.resizing import resize_input
 from pag_retrofit.surgery import retrofit
 from pag_retrofit.timing import budget_in_time
+from pag_retrofit.tracing import in_mode
 from pag_retrofit.training import Stage, Trainer
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 _PACKAGES = ("torch", "timm", "segmentation-models-pytorch", "accelerate", "pag-retrofit")
+_UNFINISHED = 0.05
 # Where things lie and how a run is carried out, without effect on its result.
 _WITHOUT_EFFECT = {
     "data.root",
@@ -213,6 +216,8 @@ def _calibrate_and_evaluate(
     ]
     own = state_of(network).budget  # of what a smaller input leaves, if it sees one
     budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (own,)
+    if stage.kind != "dial":
+        _warn_if_unfinished(network, stage, images)
     calibrate(network, images, budgets=budgets)
     if pruned := prune_gates(network, least=stage.schedule.prune):
         logger.info("%s: %d gates stay open and are taken out", stage.name, len(pruned))
@@ -228,6 +233,23 @@ def _calibrate_and_evaluate(
     if len(budgets) > 1:
         trainer.operating_points = {f"{b:.2f}": e.to_dict() for b, e in evaluations.items()}
     return evaluations[own]
+
+
+def _warn_if_unfinished(network: nn.Module, stage: Stage, images: list[torch.Tensor]) -> None:
+    """Gates that training left far above the budget will be closed by calibration alone."""
+    with torch.no_grad(), in_mode(network), measure(network) as measured:
+        for batch in images:
+            network(batch)
+    timed = measured.time_fraction
+    fraction = measured.fraction if timed is None else timed
+    if fraction > state_of(network).budget + _UNFINISHED:
+        logger.warning(
+            "%s: training ended at %.2f of the compute, not at %.2f; calibration closes gates that "
+            "the network relies on: train for more epochs, or with a larger gated.sparsity.weight",
+            stage.name,
+            fraction,
+            state_of(network).budget,
+        )
 
 
 # What is written beside the weights -------------------------------------------------------------

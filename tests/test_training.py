@@ -216,6 +216,14 @@ def test_budgets_may_be_in_time(recipe, monkeypatch):
     assert measured["opened"] == times.opened
 
 
+def test_gates_that_training_left_open_are_warned_about(recipe, caplog):
+    settings = ("stages=[dense, gated]", "dense.epochs=1", "gated.epochs=1")
+    with caplog.at_level(logging.WARNING, "pag_retrofit"):
+        finetune(recipe(*settings, "gated.budgets=[0.8]", "gated.sparsity.weight=1e-9"))
+    assert "gated-0.80: training ended at 1.0" in caplog.text
+    assert "larger gated.sparsity.weight" in caplog.text
+
+
 def test_the_dial_is_one_network_scored_at_every_budget(recipe):
     settings = ("stages=[dense, dial]", "gated.epochs=2", "dense.epochs=1")
     given = recipe(*settings, "gated.budgets=[0.9, 0.6]", "gated.gate_lr=0.5")

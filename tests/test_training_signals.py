@@ -224,13 +224,14 @@ def test_the_aim_drifts_until_the_target_is_met(gated: nn.Module) -> None:
     decided = losses.decided_fraction(gated)
     assert decided == pytest.approx(1 + gated.pag_state.floor, abs=0.2) and decided > 0.99
     aims = []
-    for _ in range(100):
+    for step in range(100):
         missed, drift = decided - annealer.rho, annealer.drift
         annealer.step()
-        assert annealer.drift == pytest.approx(min(drift + 0.05 * missed, 0.15))
+        drifts = step >= 10  # after the ramp, on which it lags behind anyway
+        assert annealer.drift == pytest.approx(min(drift + 0.1 * missed * drifts, 0.3))
         assert gated.pag_state.rho == annealer.aim == pytest.approx(annealer.rho - annealer.drift)
         aims.append(annealer.aim)
-    assert annealer.rho == pytest.approx(0.7) and aims[-1] == pytest.approx(0.55)
+    assert annealer.rho == pytest.approx(0.7) and aims[-1] == pytest.approx(0.4)
 
     resumed = pag.Annealer(gated, 100, ramp=0.1)
     resumed.load_state_dict(annealer.state_dict())
@@ -261,6 +262,20 @@ def test_what_is_decided_is_what_evaluation_measures() -> None:
     assert losses.decided_fraction(gated) != pytest.approx(
         float(pag.expected_fraction(gated).detach()), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("policy", ["random", "grid"])
+def test_what_is_decided_without_looking_is_what_evaluation_measures(policy: str) -> None:
+    network = timm.create_model("test_resnet").eval()
+    config = pag.RetrofitConfig(policy=policy)
+    gated = pag.retrofit(network, 0.9, example_input=SHAPE, config=config)
+    after_a_pass(gated, 0.0)  # half of the pixels
+    expected = float(pag.expected_fraction(gated).detach())
+    decided = losses.decided_fraction(gated)
+    with pag.measure(gated.eval()) as measured, torch.no_grad():
+        gated(torch.randn(SHAPE))
+    assert decided == pytest.approx(measured.fraction)
+    assert decided > expected + 0.02  # scattered pixels need more halos than one rate for all
 
 
 def test_annealer_takes_another_budget(gated: nn.Module) -> None:
