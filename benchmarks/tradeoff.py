@@ -7,6 +7,8 @@ Each argument is the output folder of a recipe, and after commas those of furthe
 with its dense network or have budgets in time; stages that are not complete are left out. Adds to
 benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With `--timed` it
 measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
+With `--add` points that are not in the folders stay: files of earlier runs may be gone, and where
+the dense network scores the same to all digits it is the same one.
 With `--name` and `--note` the results stand beside the recipe's, without pictures: where its dense
 network was trained anew, what begins with it is compared with nothing else.
 """
@@ -73,7 +75,7 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
     if timed:
         seed = next(point.seed for point in points if point.kind == "dense")
         points = with_times(points, recipe, seed, 1, 24)
-    trained = load_recipe(next(folders[0].glob("gated-*/recipe.yaml")))
+    trained = load_recipe(next(folders[0].glob("*-0.??/recipe.yaml")))
     assert recipe.dense is not None and trained.gated is not None
     return {
         "recipe": recipe.name,
@@ -88,6 +90,29 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
         ],
         "environment": environment(),
     }
+
+
+def added_to(before: dict[str, Any], collected: dict[str, Any]) -> dict[str, Any]:
+    """The points of earlier runs that were not run anew, and those that were.
+
+    Raises:
+        ValueError: They began with another dense network.
+    """
+    dense = {
+        point["metric"]
+        for run in (before, collected)
+        for point in run["points"]
+        if point["kind"] == "dense"
+    }
+    if len(dense) != 1:
+        raise ValueError(f"dense networks score {sorted(dense)}: use --name and --note")
+    found = {_what(point): point for point in before["points"]}
+    found |= {_what(point): point for point in collected["points"]}
+    return {**collected, "points": list(found.values())}
+
+
+def _what(point: dict[str, Any]) -> tuple[str, int, float | None]:
+    return point["kind"], point["seed"], point["budget"]
 
 
 def draw_panel(folder: Path, recipe: Recipe) -> Figure:
@@ -117,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("runs", nargs="+", help="FOLDER[,FOLDER...] of the seeds of a recipe")
     parser.add_argument("--timed", action="store_true", help="measure times as well")
+    parser.add_argument("--add", action="store_true", help="keep points that are not found")
     parser.add_argument("--name", help="in the results; default: the recipe's")
     parser.add_argument("--note", default="", help="above the table; default none")
     arguments = parser.parse_args()
@@ -127,7 +153,10 @@ def main() -> None:
         folders = [Path(folder) for folder in run.split(",")]
         recipe = load_recipe(folders[0] / "dense" / "recipe.yaml", [f"output={folders[0]}"])
         collected = {**collect(folders, recipe, arguments.timed), "note": arguments.note}
-        results[arguments.name or recipe.name] = collected
+        name = arguments.name or recipe.name
+        if arguments.add:
+            collected = added_to(results[name], collected)
+        results[name] = collected
         write_json(RESULTS, results)
         if arguments.name:
             continue
@@ -138,7 +167,8 @@ def main() -> None:
             if recipe.data.name != "scenes" or point["seed"] == recipe.seed
         ]
         figures = charts(points, collected["metric"], recipe.name)
-        if recipe.task.name not in ("segmentation", "multitask"):
+        gated = any(folders[0].glob("gated-*"))
+        if gated and recipe.task.name not in ("segmentation", "multitask"):
             figures["panel"] = draw_panel(folders[0], recipe)
         for name, figure in figures.items():
             path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
