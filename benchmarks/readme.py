@@ -44,6 +44,8 @@ _TASKS = ("segmentation", "boundaries", "depth", "normals")
 """In the order of tables; others come after them."""
 _NEAR = 0.02
 """Measured compute that is no further from the budget is not told."""
+_FAR = 0.05
+"""Calibration that had to close more than this is told."""
 _KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
 
@@ -265,14 +267,16 @@ def _budgets_table(name: str, run: dict[str, Any]) -> list[str]:
 
 
 def _cell(points: list[dict[str, Any]], kind: str, budget: float, factor: int, best: Any) -> str:
-    """Each seed's score, and the measured compute if it is not the budget."""
+    """Each seed's score, the measured compute if it is not the budget, and where training ended."""
     found = [p for p in points if (p["kind"], p["budget"]) == (kind, budget)]
     if not found:
         return ""
     scores = _each([factor * p["metric"] for p in found])
     fraction = statistics.mean(p["fraction"] for p in found)
     off = f" at {fraction:.2f}" if abs(fraction - budget) > _NEAR else ""
-    return (f"**{scores}**" if any(p is best for p in found) else scores) + off
+    trained = max(p.get("trained") or 0.0 for p in found)
+    left = f" from {trained:.2f}" if trained > fraction + _FAR else ""
+    return (f"**{scores}**" if any(p is best for p in found) else scores) + off + left
 
 
 def _each(scores: list[float]) -> str:

@@ -41,11 +41,16 @@ KINDS = ("dense", "reference", *NAMES)
 SHOWN = 2
 """Validation images in a panel."""
 _PANEL = (900, 900)
+KEPT = ("scores", "trained")
+"""What is kept of a point beside itself."""
 NOT_SCORES = ("fraction", "images", "seconds", "open_rates", "iou")
 
 
-def read_points(folder: Path) -> list[tuple[Point, dict[str, float]]]:
-    """Points of the complete stages in a folder, with all their scores."""
+def read_points(folder: Path) -> list[tuple[Point, dict[str, Any]]]:
+    """Points of the complete stages in a folder, and what else is kept of them.
+
+    That is all scores, and the fraction that training ended at, before calibration.
+    """
     found = []
     for file in sorted(folder.glob("*/metrics.json")):
         metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -64,8 +69,14 @@ def read_points(folder: Path) -> list[tuple[Point, dict[str, float]]]:
             point = Point(
                 name, kind, recipe.seed, budget, final["fraction"], final[metrics["metric"]]
             )
-            found.append((point, {k: v for k, v in final.items() if k not in NOT_SCORES}))
+            kept = {k: v for k, v in final.items() if k not in NOT_SCORES}
+            found.append((point, {"scores": kept, "trained": _trained_fraction(metrics)}))
     return found
+
+
+def _trained_fraction(metrics: dict[str, Any]) -> float | None:
+    fractions = [record["fraction"] for record in metrics["history"] if "fraction" in record]
+    return fractions[-1] if fractions else None
 
 
 def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
@@ -85,8 +96,7 @@ def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
         "images": len(evaluation_data(recipe)),
         "epochs": [recipe.dense.epochs, trained.gated.epochs],
         "points": [
-            {**asdict(point), "scores": scores}
-            for point, (_, scores) in zip(points, found, strict=True)
+            {**asdict(point), **kept} for point, (_, kept) in zip(points, found, strict=True)
         ],
         "environment": environment(),
     }
@@ -161,7 +171,7 @@ def main() -> None:
         if arguments.name:
             continue
         points = [
-            Point(**{key: value for key, value in point.items() if key != "scores"})
+            Point(**{key: value for key, value in point.items() if key not in KEPT})
             for point in collected["points"]
             # Each seed renders other images: curves of several are comparable in one of them.
             if recipe.data.name != "scenes" or point["seed"] == recipe.seed
