@@ -274,7 +274,7 @@ def _cell(points: list[dict[str, Any]], kind: str, budget: float, factor: int, b
     scores = _each([factor * p["metric"] for p in found])
     fraction = statistics.mean(p["fraction"] for p in found)
     off = f" at {fraction:.2f}" if abs(fraction - budget) > _NEAR else ""
-    trained = max(p.get("trained") or 0.0 for p in found)
+    trained = max((p.get("trained") or p)["fraction"] for p in found)
     left = f" from {trained:.2f}" if trained > fraction + _FAR else ""
     return (f"**{scores}**" if any(p is best for p in found) else scores) + off + left
 

@@ -49,7 +49,7 @@ NOT_SCORES = ("fraction", "images", "seconds", "open_rates", "iou")
 def read_points(folder: Path) -> list[tuple[Point, dict[str, Any]]]:
     """Points of the complete stages in a folder, and what else is kept of them.
 
-    That is all scores, and the fraction that training ended at, before calibration.
+    That is all scores, and fraction and metric at the end of training, before calibration.
     """
     found = []
     for file in sorted(folder.glob("*/metrics.json")):
@@ -70,13 +70,15 @@ def read_points(folder: Path) -> list[tuple[Point, dict[str, Any]]]:
                 name, kind, recipe.seed, budget, final["fraction"], final[metrics["metric"]]
             )
             kept = {k: v for k, v in final.items() if k not in NOT_SCORES}
-            found.append((point, {"scores": kept, "trained": _trained_fraction(metrics)}))
+            found.append((point, {"scores": kept, "trained": _before_calibration(metrics)}))
     return found
 
 
-def _trained_fraction(metrics: dict[str, Any]) -> float | None:
-    fractions = [record["fraction"] for record in metrics["history"] if "fraction" in record]
-    return fractions[-1] if fractions else None
+def _before_calibration(metrics: dict[str, Any]) -> dict[str, float] | None:
+    records = [record for record in metrics["history"] if "fraction" in record]
+    if not records:
+        return None
+    return {"fraction": records[-1]["fraction"], "metric": records[-1][metrics["metric"]]}
 
 
 def collect(folders: list[Path], recipe: Recipe, timed: bool) -> dict[str, Any]:
