@@ -244,7 +244,7 @@ def _warn_if_unfinished(network: nn.Module, stage: Stage, images: list[torch.Ten
     fraction = measured.fraction if timed is None else timed
     if fraction > state_of(network).budget + _UNFINISHED:
         logger.warning(
-            "%s: training ended at %.2f of the compute, not at %.2f; calibration closes gates that "
+            "%s: training ended at a fraction of %.2f, not of %.2f; calibration closes gates that "
             "the network relies on: train for more epochs, or with a larger gated.sparsity.weight",
             stage.name,
             fraction,
