@@ -144,7 +144,7 @@ def _search(
 
     def fraction_at(offset: float) -> float:
         _set_offset(gated, offset)
-        fraction, rates[offset] = _measured(gated, images)
+        fraction, rates[offset] = measured_fraction(gated, images)
         return fraction
 
     tried = {0.0: fraction_at(0.0)}
@@ -170,7 +170,8 @@ def _next_offset(tried: dict[float, float], budget: float) -> float:
 
 
 @torch.no_grad()
-def _measured(gated: nn.Module, images: list[Tensor]) -> tuple[float, dict[str, float]]:
+def measured_fraction(gated: nn.Module, images: Iterable[Tensor]) -> tuple[float, dict[str, float]]:
+    """Fraction of the compute, or of the time if budgets are in time, and each gate's open rate."""
     with measure(gated) as measured:
         for batch in images:
             gated(batch)

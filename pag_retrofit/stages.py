@@ -30,7 +30,7 @@ from pag_retrofit.building import (
     load_weights,
     save_weights,
 )
-from pag_retrofit.calibration import calibrate, set_budget
+from pag_retrofit.calibration import calibrate, measured_fraction, set_budget
 from pag_retrofit.checkpoints import locked, write_json, write_text
 from pag_retrofit.config import POLICIES, RetrofitConfig
 from pag_retrofit.conversion import average_branches
@@ -38,7 +38,6 @@ from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import Evaluation
 from pag_retrofit.gates import NetworkTimes, state_of, use_times
 from pag_retrofit.io import WEIGHTS_NAME, save_pretrained
-from pag_retrofit.measurement import measure
 from pag_retrofit.processes import process_state
 from pag_retrofit.pruning import prune_gates
 from pag_retrofit.recipe import BASELINES, GatedSection, Recipe, Schedule, default_value
@@ -237,11 +236,8 @@ def _calibrate_and_evaluate(
 
 def _warn_if_unfinished(network: nn.Module, stage: Stage, images: list[torch.Tensor]) -> None:
     """Gates that training left far above the budget will be closed by calibration alone."""
-    with torch.no_grad(), in_mode(network), measure(network) as measured:
-        for batch in images:
-            network(batch)
-    timed = measured.time_fraction
-    fraction = measured.fraction if timed is None else timed
+    with in_mode(network):
+        fraction, _ = measured_fraction(network, images)
     if fraction > state_of(network).budget + _UNFINISHED:
         logger.warning(
             "%s: training ended at a fraction of %.2f, not of %.2f; calibration closes gates that "
