@@ -788,6 +788,8 @@ PAG_INLINE void find_seen(const pag_plan& plan, const pag_scratch& scratch, cons
 // Finding each pixel's input would take as long as multiplying it. Where the pixels of a tile lie
 // side by side, so do their inputs, and one address leads to all of them.
 
+constexpr int STRIP_AHEAD = 2048;  // floats: large maps come from memory, which takes several tiles
+
 template <int PIXELS, int WIDTH>
 PAG_OUTLINE void multiply_strip(const float* in, int64_t step, int channels, const float* weights,
                                 const Epilogue& e, int column, int columns) {
@@ -798,7 +800,9 @@ PAG_OUTLINE void multiply_strip(const float* in, int64_t step, int channels, con
   const float* at[(PIXELS + SHARING - 1) / SHARING];
   PAG_UNROLL
   for (int i = 0; i < PIXELS; i += SHARING) at[i / SHARING] = in + i * step;
-  for (int k = 0; k < channels; k++, weights += WIDTH) {
+  const float* ahead = in + STRIP_AHEAD;
+  for (int k = 0; k < channels; k++, weights += WIDTH, ahead += PIXELS) {
+    __builtin_prefetch(ahead, 0, 3);  // at least each line, where pixels lie one behind the other
     Vector w[COUNT];
     PAG_UNROLL
     for (int j = 0; j < COUNT; j++) w[j] = load(weights + j * LANES);
