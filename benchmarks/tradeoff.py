@@ -119,7 +119,11 @@ def added_to(before: dict[str, Any], collected: dict[str, Any]) -> dict[str, Any
     if len(dense) != 1:
         raise ValueError(f"dense networks score {sorted(dense)}: use --name and --note")
     found = {_what(point): point for point in before["points"]}
-    found |= {_what(point): point for point in collected["points"]}
+    for point in collected["points"]:
+        earlier = found.get(_what(point), {})
+        if earlier.get("metric") == point["metric"]:  # the same network
+            point["times"] = point["times"] or earlier["times"]
+        found[_what(point)] = point
     return {**collected, "points": list(found.values())}
 
 
