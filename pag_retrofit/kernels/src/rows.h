@@ -9,53 +9,66 @@ namespace {
 
 constexpr int WAYS = 4;  // independent sums, to hide the latency of an addition
 
-// sum over i of (x[i] - shift) * y[i], with y the same as x - shift where it is null.
-PAG_INLINE float product(const float* x, float shift, const float* y, int count) {
+// Sums of a function of a row's values: each lane those of every LANES-th one.
+template <class Function>
+PAG_INLINE Vector sum_lanes(const float* x, int count, Function function) {
   Vector sums[WAYS] = {};
   int i = 0;
   for (; i + WAYS * LANES <= count; i += WAYS * LANES)
     PAG_UNROLL
-    for (int j = 0; j < WAYS; j++) {
-      const Vector v = load(x + i + j * LANES) - shift;
-      sums[j] += v * (y ? load(y + i + j * LANES) : v);
-    }
-  for (; i + LANES <= count; i += LANES) {
-    const Vector v = load(x + i) - shift;
-    sums[0] += v * (y ? load(y + i) : v);
+    for (int j = 0; j < WAYS; j++) sums[j] += function(load(x + i + j * LANES));
+  for (; i + LANES <= count; i += LANES) sums[0] += function(load(x + i));
+  if (i < count) {
+    float lanes[LANES];
+    store(lanes, function(load_first(x + i, count - i)));
+    sums[1] += load_first(lanes, count - i);
   }
-  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < count; i++) total += (x[i] - shift) * (y ? y[i] : x[i] - shift);
-  return total;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-PAG_INLINE float total(const float* x, int count) {
-  Vector sums = {};
-  int i = 0;
-  for (; i + LANES <= count; i += LANES) sums += load(x + i);
-  float rest = sum(sums);
-  for (; i < count; i++) rest += x[i];
-  return rest;
-}
-
-// Positions [begin, end) of the list; (x - mean) / sqrt(variance + epsilon) * weight + bias.
-void layer_norm(const pag_rows* call, int64_t begin, int64_t end) {
+// Of up to LANES rows: (x - mean) / sqrt(variance + epsilon) * weight + bias.
+PAG_INLINE void normalize_rows(const pag_rows* call, const float* const* in, float* const* out,
+                               int count) {
   const int channels = call->channels;
-  for (int64_t position = begin; position < end; position++) {
-    const int64_t index = index_at(call->list, position);
-    const float* in = call->in + index * call->in_stride;
-    float* out = call->out + index * call->out_stride;
-    const float mean = total(in, channels) / channels;
-    const float variance = product(in, mean, nullptr, channels) / channels;
-    const float scale = 1.f / sqrtf(variance + call->epsilon);
-    const auto normalize = [&](int i, int left) PAG_LAMBDA {
-      Vector y = (load_up_to(in + i, left) - mean) * scale;
-      if (call->weight) y *= load_up_to(call->weight + i, left);
-      if (call->bias) y += load_up_to(call->bias + i, left);
-      store_up_to(out + i, y, left);
+  Vector sums[LANES] = {};
+  float means[LANES], scales[LANES];
+  for (int i = 0; i < count; i++)
+    sums[i] = sum_lanes(in[i], channels, [](Vector v) PAG_LAMBDA { return v; });
+  store(means, sum_each(sums) / (float)channels);
+  for (int i = 0; i < count; i++)
+    sums[i] = sum_lanes(in[i], channels, [&](Vector v) PAG_LAMBDA {
+      v -= means[i];
+      return v * v;
+    });
+  store(scales, 1.f / square_root(sum_each(sums) / (float)channels + call->epsilon));
+  const float *weight = call->weight, *bias = call->bias;
+  for (int i = 0; i < count; i++) {
+    const float *x = in[i], mean = means[i], scale = scales[i];
+    float* to = out[i];
+    const auto normalize = [=](int c, int left) PAG_LAMBDA {
+      Vector y = (load_up_to(x + c, left) - mean) * scale;
+      if (weight) y *= load_up_to(weight + c, left);
+      if (bias) y += load_up_to(bias + c, left);
+      store_up_to(to + c, y, left);
     };
-    int i = 0;
-    for (; i + LANES <= channels; i += LANES) normalize(i, LANES);
-    if (i < channels) normalize(i, channels - i);
+    int c = 0;
+    for (; c + LANES <= channels; c += LANES) normalize(c, LANES);
+    if (c < channels) normalize(c, channels - c);
+  }
+}
+
+// Positions [begin, end) of the list. Means and variances of LANES rows are finished together.
+void layer_norm(const pag_rows* call, int64_t begin, int64_t end) {
+  for (int64_t from = begin; from < end; from += LANES) {
+    const int count = end - from < LANES ? (int)(end - from) : LANES;
+    const float* in[LANES];
+    float* out[LANES];
+    for (int i = 0; i < count; i++) {
+      const int64_t index = index_at(call->list, from + i);
+      in[i] = call->in + index * call->in_stride;
+      out[i] = call->out + index * call->out_stride;
+    }
+    normalize_rows(call, in, out, count);
   }
 }
 

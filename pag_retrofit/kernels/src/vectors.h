@@ -4,6 +4,7 @@
 // once per instruction set, and a shared inline function could reach a processor that lacks one.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX2__)
@@ -74,12 +75,13 @@ PAG_INLINE void store_up_to(float* p, Vector v, int count) {
     store_first(p, v, count);
 }
 
-PAG_INLINE float sum(Vector v) {
-  typedef float Four __attribute__((vector_size(16)));
-  Four parts[LANES / 4];
-  memcpy(parts, &v, sizeof v);
-  for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
-  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+PAG_INLINE Vector square_root(Vector v) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int i = 0; i < LANES; i++) v[i] = sqrtf(v[i]);
+  return v;
+#endif
 }
 
 // Lanes of two vectors whose halves of blocks are to be added, by block size (2^i of them).
