@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ class ScoreOptions:
         ignore: Segmentation: label that does not count.
         depth_scale: Depth: what a 16-bit png's values are divided by to give metres.
         crop: Depth: `"eigen"`, `"garg"`, or "" for the whole image.
+
+    Raises:
+        PagError: A value is out of range.
     """
 
     thresholds: int = 99
@@ -52,6 +56,17 @@ class ScoreOptions:
     ignore: int = 255
     depth_scale: float = 1000.0
     crop: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what no image can be scored with."""
+        wanted = {
+            "thresholds": (self.thresholds >= 1, "at least one"),
+            "tolerance": (0 < self.tolerance <= 1, "a share of the diagonal in (0, 1]"),
+            "depth_scale": (0 < self.depth_scale < math.inf, "a number above 0"),
+        }
+        for name, (fits, expected) in wanted.items():
+            if not fits:
+                raise PagError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
 
 def score(
@@ -67,12 +82,14 @@ def score(
 
     Files are png (8 or 16 bits) or npy and have the same name but for the ending:
 
-    - segmentation: class numbers.
-    - boundaries: strengths, of a png its values over the largest it can hold; ground truth is
-      BSDS500's mat files, or maps that are not 0 at boundaries.
+    - segmentation: class numbers. What a prediction leaves void is a miss of the class there.
+    - boundaries: strengths from 0 to 1, of a png its values over the largest it can hold; ground
+      truth is BSDS500's mat files, or maps that are not 0 at boundaries.
     - depth: metres, of a png its values over `depth_scale`; 0 where there is no reading.
     - normals: vectors, of a png (r, g, b) / 127.5 - 1; ground truth of length 0 (png: 0, 0, 0)
       where there is none.
+
+    Numbers of an npy file are taken as they are, whatever their type.
 
     Args:
         task: One of `TASKS`.
@@ -98,7 +115,13 @@ def score(
     for done, counts in enumerate(_map(count, pairs, workers), 1):
         total = total + counts
         progress(done, len(pairs))
-    return {**_metrics(task, total, options), "images": len(pairs)}
+    scores = _metrics(task, total, options)
+    if any(isinstance(value, float) and not math.isfinite(value) for value in scores.values()):
+        raise PagError(
+            f"{predictions} cannot be scored ({scores}): no pixel of {ground_truth} is valid, or "
+            "a prediction is not finite"
+        )
+    return {**scores, "images": len(pairs)}
 
 
 def _pairs(predictions: Path, ground_truth: Path) -> list[tuple[Path, Path]]:
@@ -164,11 +187,16 @@ def _count_labels(prediction: Path, truth: Path, options: ScoreOptions) -> np.nd
 
 
 def _count_boundaries(prediction: Path, truth: Path, options: ScoreOptions) -> np.ndarray:
-    strength, largest = _read(prediction)
+    strength, largest = _read_map(prediction)
+    if strength.min() < 0 or strength.max() > largest:
+        raise PagError(
+            f"it has values from {strength.min():g} to {strength.max():g}: expected strengths from "
+            "0 to 1 in an npy file"
+        )
     if truth.suffix == ".mat":
         annotations = read_annotations(truth)
     else:
-        annotations = [_read(truth)[0] > 0]
+        annotations = [_read_map(truth)[0] > 0]
     return boundary_counts(
         strength / largest,
         annotations,
@@ -180,7 +208,7 @@ def _count_boundaries(prediction: Path, truth: Path, options: ScoreOptions) -> n
 def _count_depth(prediction: Path, truth: Path, options: ScoreOptions) -> np.ndarray:
     maps = []
     for path in (prediction, truth):
-        values, largest = _read(path)
+        values, largest = _read_map(path)
         maps.append(torch.from_numpy(values / (options.depth_scale if largest > 1 else 1.0))[None])
     valid = maps[1] > 0
     if options.crop:
@@ -210,6 +238,8 @@ def _metrics(task: str, counts: np.ndarray, options: ScoreOptions) -> dict[str, 
         return dict(normal_metrics(torch.from_numpy(counts)))
     hits, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
     present = union > 0
+    if 0 <= options.ignore < _MOST_CLASSES:
+        present[options.ignore] = False  # void is not a class, but counts against the others
     iou = hits[present] / union[present]
     return {
         "miou": float(iou.mean()) if present.any() else 0.0,
@@ -222,7 +252,7 @@ def _metrics(task: str, counts: np.ndarray, options: ScoreOptions) -> dict[str, 
 
 
 def _read(path: Path) -> tuple[np.ndarray, float]:
-    """Values as float64, and the largest that the file can hold: 1 for floating-point ones."""
+    """Values as float64, and the largest that an image file can hold; 1 for an array."""
     try:
         if path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)
@@ -231,19 +261,30 @@ def _read(path: Path) -> tuple[np.ndarray, float]:
                 values = np.array(file)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise PagError(f"cannot read {path}: {error}") from error
-    if values.dtype == np.bool_ or np.issubdtype(values.dtype, np.floating):
+    if values.size == 0 or values.dtype.kind not in "buif":
+        raise PagError(f"{path} has shape {values.shape} and type {values.dtype}: expected numbers")
+    if path.suffix == ".npy" or values.dtype.kind in "bf":
         return values.astype(np.float64), 1.0
     if values.dtype == np.int32:  # what older Pillow makes of 16 bits
         return values.astype(np.float64), 65535.0
     return values.astype(np.float64), float(np.iinfo(values.dtype).max)
 
 
+def _read_map(path: Path) -> tuple[np.ndarray, float]:
+    values, largest = _read(path)
+    if values.ndim != 2:
+        raise PagError(f"{path} has shape {values.shape}: expected (height, width)")
+    return values, largest
+
+
 def _labels(path: Path) -> np.ndarray:
     values, _ = _read(path)
-    if values.ndim != 2 or values.min() < 0 or values.max() >= _MOST_CLASSES:
+    numbers = (values >= 0) & (values < _MOST_CLASSES) & (values % 1 == 0)
+    if values.ndim != 2 or not numbers.all():
         raise PagError(
-            f"{path} has shape {values.shape} and values up to {values.max():g}: expected class "
-            f"numbers (height, width) below {_MOST_CLASSES}"
+            f"{path} has shape {values.shape} and values from {values.min():g} to "
+            f"{values.max():g}: expected class numbers (height, width), whole and below "
+            f"{_MOST_CLASSES}"
         )
     return values.astype(np.uint8)
 

@@ -51,6 +51,36 @@ def test_segmentation(folders: tuple[Path, Path]) -> None:
     assert scores["miou"] == pytest.approx((30 / 40 + 20 / 30) / 2)
 
 
+def test_void_in_a_prediction_is_a_miss_and_no_class(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    label = np.zeros((10, 10), np.uint8)
+    label[5:] = 1
+    predicted = label.copy()
+    predicted[0, 0] = 255
+    save(predictions / "a.png", predicted)
+    save(truth / "a.png", label)
+    scores = score("segmentation", *folders, workers=1)
+    assert scores["iou"] == pytest.approx({"0": 49 / 50, "1": 1.0})
+    assert scores["miou"] == pytest.approx(0.99)
+    assert scores["pixel_accuracy"] == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("form", [np.uint8, np.int64, np.bool_, np.float32])
+def test_numbers_of_arrays_are_taken_as_they_are(
+    folders: tuple[Path, Path], form: type[np.generic]
+) -> None:
+    predictions, truth = folders
+    line = np.zeros(SIZE)
+    line[20] = 1
+    for folder in folders:
+        save(folder / "a.npy", line.astype(form))
+    assert score("boundaries", *folders, workers=1)["ods"] == pytest.approx(1)
+    for folder in folders:
+        save(folder / "a.npy", (2 + line).astype(np.int64 if form is np.bool_ else form))
+    scores = score("depth", *folders, workers=1)
+    assert scores["abs_rel"] == 0 and scores["rmse"] == 0
+
+
 @pytest.mark.parametrize("kind", ["npy", "8", "16"])
 def test_depth_in_any_format(folders: tuple[Path, Path], kind: str) -> None:
     predictions, truth = folders
@@ -119,6 +149,21 @@ def test_bad_input_is_named(folders: tuple[Path, Path]) -> None:
         score("depth", *folders, workers=1)
     with pytest.raises(PagError, match="there is no folder"):
         score("depth", predictions / "none", truth)
+    for task, array, message in (
+        ("boundaries", np.full(SIZE, 7), "strengths from 0 to 1"),
+        ("segmentation", np.full(SIZE, 1.5), "whole and below 256"),
+        ("segmentation", np.full(SIZE, np.nan), "whole and below 256"),
+        ("depth", np.full(SIZE, np.nan), "not finite"),
+        ("depth", np.ones((*SIZE, 1)), r"expected \(height, width\)"),
+        ("depth", np.array([["a"]]), "expected numbers"),
+        ("depth", np.ones((0, 3)), "expected numbers"),
+    ):
+        save(predictions / "a.npy", array)
+        with pytest.raises(PagError, match=message):
+            score(task, *folders, workers=1)
+    for options in ({"tolerance": -1.0}, {"depth_scale": -1.0}, {"thresholds": 0}):
+        with pytest.raises(PagError, match=next(iter(options))):
+            ScoreOptions(**options)  # type: ignore[arg-type]
     np.save(predictions / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(PagError, match="cannot read"):
         score("depth", *folders, workers=1)
