@@ -85,6 +85,10 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _no_is_a_word(value: Any) -> Any:
+    return "no" if value is False else value  # YAML 1.1 reads it as False
+
+
 OutputPath = Annotated[Path, BeforeValidator(_expand)]
 FolderPath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_existing_folder)]
 FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_existing_file)]
@@ -411,7 +415,7 @@ class RuntimeSection(Section):
         trackers: experiment trackers of accelerate.
     """
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_a_word)] = "no"
     gradient_accumulation: Count = 1
     channels_last: bool = True
     threads: Count | None = None
@@ -427,7 +431,8 @@ class Recipe(Section):
     Attributes:
         name: name of the run.
         output: folder of the results.
-        seed: seed of weights, data order, augmentation and gate noise.
+        seed: seed of weights, data order, augmentation and gate noise; and of rendered scenes,
+            those to train on and those to score on.
         stages: what is run: dense, reference, average, `dial` (one network for all budgets from
             the smallest to the largest), and at each budget gated, `combined` (gated, on a
             smaller input: each of the two takes the square root of the budget) and the

@@ -319,6 +319,10 @@ def _check_same_recipe(stage: Stage, recipe: Recipe) -> None:
     here = dict(_settings(stage, recipe.model_dump(mode="json")))
     for key in here.keys() - there.keys():  # what the release that began it did not know
         there[key] = default_value(key, recipe.model_dump(mode="json"))
+    metrics = stage.folder / METRICS
+    if metrics.is_file():  # the name of the folder is rounded
+        there["budget"] = json.loads(metrics.read_text(encoding="utf-8")).get("budget")
+        here["budget"] = stage.budget
     differences = [
         f"{key}: {there[key]!r} there, {here.get(key)!r} here"
         for key in sorted(there)
@@ -338,15 +342,20 @@ def _settings(stage: Stage, values: Any) -> Iterator[tuple[str, Any]]:
         skipped.add("gated")
     for key, value in _flatten(values):
         section, _, rest = key.partition(".")
-        streamed = (
-            key == "data.workers" and values["data"]["name"] == "shards"
-        )  # each reads its own
-        without_effect = key in _WITHOUT_EFFECT and not streamed
-        if section in skipped or without_effect or rest.startswith("budgets"):
+        if section in skipped or (key in _WITHOUT_EFFECT and not _has_effect(stage, key, values)):
+            continue
+        if key == "gated.budgets" and stage.kind != "dial":  # each has a folder of its own
             continue
         if section == "gated" and not _is_used(stage, rest):
             continue
         yield key, value
+
+
+def _has_effect(stage: Stage, key: str, values: Any) -> bool:
+    """Whether a key that most stages can do with any value of has an effect on this one."""
+    if key == "data.workers":
+        return bool(values["data"]["name"] == "shards")  # each reads shards of its own
+    return key == "data.eval_batch_size" and stage.is_gated  # calibration counts batches
 
 
 def _is_used(stage: Stage, key: str) -> bool:

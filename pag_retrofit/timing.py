@@ -169,9 +169,8 @@ def _calls(network: DeployedNetwork, example: Tensor, passes: int) -> list[_Call
 
 def _listed(made_of: tuple[Any, ...]) -> int:
     """Pixels that a call computes; 0 where it computes whole maps."""
-    first = made_of[0]
-    if isinstance(first, ConvolutionArguments):
-        made_of = (first.length,)
+    if made_of and isinstance(made_of[0], ConvolutionArguments):
+        made_of = (made_of[0].length,)
     lengths = [x for x in made_of if isinstance(x, Tensor) and x.dtype == torch.int32]
     return int(lengths[-1]) if lengths and lengths[-1].numel() == 1 else 0
 

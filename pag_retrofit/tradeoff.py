@@ -170,7 +170,7 @@ def _with_seed(recipe: Recipe, seed: int, first: int) -> Recipe:
         "output": recipe.output / f"seed-{seed}",
         "stages": tuple(stage for stage in recipe.stages if stage != "dense"),
     }
-    if "dense" in recipe.stages:
+    if "dense" in recipe.stages or recipe.model.checkpoint is None:
         update["model"] = recipe.model.model_copy(update={"checkpoint": checkpoint})
     return recipe.model_copy(update=update)
 

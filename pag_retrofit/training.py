@@ -27,7 +27,7 @@ from pag_retrofit.checkpoints import Checkpoints, Progress, write_json
 from pag_retrofit.data import StreamedImages
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.evaluation import Evaluation, evaluate_network
-from pag_retrofit.gates import state_of
+from pag_retrofit.gates import state_of, turn_dials
 from pag_retrofit.io import save_file
 from pag_retrofit.losses import expected_fraction, sparsity_loss
 from pag_retrofit.progress import StepDisplay
@@ -118,7 +118,7 @@ class Trainer:
                 self._check_weights()
                 self.progress.epoch += 1
                 record = self._close_epoch()
-                evaluation = self.evaluate() if self._evaluation_due() else None
+                evaluation = self._evaluate_between() if self._evaluation_due() else None
                 self._record(record, evaluation)
                 self._save_checkpoint()
                 self.write_metrics()
@@ -140,6 +140,16 @@ class Trainer:
             accelerator=self.accelerator,
             channels_last=self.recipe.runtime.channels_last,
         )
+
+    def _evaluate_between(self) -> Evaluation:
+        """Scores the network in training: with a dial, at the lowest budget."""
+        if self.annealer is None:
+            return self.evaluate()
+        assert self.stage.budget is not None
+        turn_dials(self.network, self.stage.budget)
+        evaluation = self.evaluate()
+        turn_dials(self.network, self.annealer.rho)
+        return evaluation
 
     def write_metrics(self, final: Evaluation | None = None) -> dict[str, Any]:
         """Writes `metrics.json`, complete once there is a final evaluation; returns its content."""
@@ -370,10 +380,11 @@ class Trainer:
                 save(self.network, self.stage.folder / "best.safetensors")
 
     def _is_best(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record beats the best one; gated networks must be within their budget."""
+        """Whether a record beats the best one; gates must be within their budget."""
         budget = self.stage.budget
         spent = record.get("time_fraction", record["fraction"])
-        if budget is not None and spent > budget + 0.01:
+        chooses = self.stage.is_gated and self.stage.kind != "truncation"
+        if chooses and budget is not None and spent > budget + 0.01:
             return False
         best, metric = self.progress.best, self.task.metric
         if best is None:

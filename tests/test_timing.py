@@ -155,9 +155,13 @@ def test_times_are_saved(tmp_path: Path) -> None:
         pag.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("pooled", [False, True], ids=["gates", "and selectors"])
-def test_every_site_is_timed(pooled: bool) -> None:
-    plain = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
+@pytest.mark.parametrize(
+    ("kind", "pooled"),
+    [(smp.Unet, False), (smp.Unet, True), (smp.FPN, False)],
+    ids=["gates", "and selectors", "pooled at once"],
+)
+def test_every_site_is_timed(kind: type[nn.Module], pooled: bool) -> None:
+    plain = kind("resnet18", encoder_weights=None, classes=3).eval()
     multipool = pag.MultiPoolConfig(dilations=(1, 2)) if pooled else None
     config = pag.RetrofitConfig(multipool=multipool)
     gated = pag.retrofit(plain, 1.0, example_input=(1, 3, 64, 96), config=config)

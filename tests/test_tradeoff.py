@@ -16,6 +16,7 @@ import pag_retrofit as pag
 from pag_retrofit import latency
 from pag_retrofit.latency import time_networks
 from pag_retrofit.recipe import load_recipe
+from pag_retrofit.stages import finetune
 from pag_retrofit.tradeoff import Point, charts, run_tradeoff
 
 
@@ -34,6 +35,10 @@ def test_stages_over_seeds_are_collected_timed_and_drawn(
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(output=tmp_path / "out"))
     settings = ["dense.epochs=1", "gated.epochs=1", "stages=[dense, gated, dial, resizing]"]
+    finetune(load_recipe(path, ["dense.epochs=1", "stages=[dense]"]))
+    alone = [*settings[:2], "stages=[grid]", "gated.budgets=[0.9]"]
+    found = run_tradeoff(load_recipe(path, alone), [0, 3], timed=False)["points"]
+    assert [point["seed"] for point in found] == [0, 3]  # both begin with that dense network
     recipe = load_recipe(path, [*settings, "gated.budgets=[0.9, 0.5]"])
     results = run_tradeoff(recipe, [0, 3], rounds=2)
     assert json.loads((tmp_path / "out/tradeoff.json").read_text()) == json.loads(

@@ -23,10 +23,12 @@ from pag_retrofit.building import build_network, save_weights
 from pag_retrofit.checkpoints import locked
 from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
 from pag_retrofit.evaluation import evaluate_file
+from pag_retrofit.gates import named_gates
 from pag_retrofit.recipe import Recipe, load_recipe
 from pag_retrofit.schedules import EpochSampler, one_cycle, parameter_groups
 from pag_retrofit.stages import finetune
 from pag_retrofit.tasks import SegmentationTask
+from pag_retrofit.training import Trainer
 
 RECIPE = """\
 name: tiny
@@ -186,6 +188,15 @@ def test_baselines_are_stages_at_every_budget(recipe):
     assert weights.keys() == load_tensors(given.output / "dense" / "model.safetensors").keys()
 
 
+def test_a_smaller_input_may_be_the_best_though_no_size_meets_its_budget(recipe):
+    sizes = ("data.size=[96, 64]", "data.crop=[96, 64]", "gated.budgets=[0.6]")
+    given = recipe("stages=[dense, resizing]", "dense.epochs=1", "gated.epochs=1", *sizes)
+    result = finetune(given)["resizing-0.60"]
+    assert result["final"]["fraction"] == pytest.approx(2 / 3)
+    assert result["best"] is not None
+    assert (given.output / "resizing-0.60" / "best.safetensors").is_file()
+
+
 def check_combined(loaded, fraction):
     """A smaller input and gates share a budget of one half."""
     share = loaded.pag_compute_fraction
@@ -224,16 +235,33 @@ def test_gates_that_training_left_open_are_warned_about(recipe, caplog):
     assert "larger gated.sparsity.weight" in caplog.text
 
 
-def test_the_dial_is_one_network_scored_at_every_budget(recipe):
-    settings = ("stages=[dense, dial]", "gated.epochs=2", "dense.epochs=1")
-    given = recipe(*settings, "gated.budgets=[0.9, 0.6]", "gated.gate_lr=0.5")
-    results = finetune(given)
+def test_the_dial_is_one_network_scored_at_every_budget(recipe, monkeypatch):
+    settings = ("stages=[dense, dial]", "gated.epochs=2", "dense.epochs=1", "gated.gate_lr=0.5")
+    given = recipe(*settings, "gated.budgets=[0.9, 0.6]")
+    dials, evaluate = [], Trainer.evaluate
+
+    def seen(self):
+        dials.append({float(gate.setting) for _, gate in named_gates(self.network)})
+        return evaluate(self)
+
+    finetune(recipe(*settings, "stages=[dense]"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", seen)
+        results = finetune(given)
+    first, second, *_ = dials  # in training it is scored at the lowest budget
+    span = 1 - from_pretrained(given.output / "dial").pag_state.lowest_budget
+    assert first == second and len(first) == 1
+    assert first.pop() == pytest.approx((1 - 0.6) / span, rel=0.1)
     assert list(results) == ["dense", "dial"]
     points = results["dial"]["operating_points"]
     assert list(points) == ["0.60", "0.90"]
     assert points["0.60"]["fraction"] < points["0.90"]["fraction"]
     assert results["dial"]["final"] == points["0.60"]
     assert set(from_pretrained(given.output / "dial").pag_state.operating_points) == {0.6, 0.9}
+    with pytest.raises(RecipeError, match=r"gated.budgets: \[0.9, 0.6\] there, \[0.95, 0.6\] here"):
+        finetune(recipe(*settings, "gated.budgets=[0.95, 0.6]"))
+    with pytest.raises(RecipeError, match="data.eval_batch_size: 2 there, 1 here"):
+        finetune(recipe(*settings, "gated.budgets=[0.9, 0.6]", "data.eval_batch_size=1"))
 
 
 def test_folders_of_releases_without_a_setting_are_taken_on(recipe):
@@ -277,8 +305,11 @@ def test_gated_stage_can_start_from_a_checkpoint(recipe, tmp_path):
     save_weights(network, tmp_path / "whole.safetensors")
     overrides = ["stages=[gated]", "gated.epochs=1"]
     path = tmp_path / "whole.safetensors"
-    metrics = finetune(recipe(*overrides, f"model.checkpoint={path}"))["gated-0.80"]
+    overrides.append(f"model.checkpoint={path}")
+    metrics = finetune(recipe(*overrides))["gated-0.80"]
     assert metrics["complete"]
+    with pytest.raises(RecipeError, match=r"gated-0.80 .* \(budget: 0.8 there, 0.804 here"):
+        finetune(recipe(*overrides, "gated.budgets=[0.804]"))
 
 
 def test_results_of_another_recipe_are_not_overwritten(recipe):
