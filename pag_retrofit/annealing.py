@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pag_retrofit.errors import PagError
-from pag_retrofit.gates import named_gates, state_of, turn_dials
+from pag_retrofit.gates import named_gates, not_deployed, turn_dials
 from pag_retrofit.losses import decided_fraction
 
 _DRIFT = 10.0
@@ -55,7 +55,7 @@ class Annealer:
         dial: tuple[float, float] | None = None,
     ):
         """Start at rho = 1."""
-        self.state = state_of(gated)
+        self.state = not_deployed(gated, "trained")
         self.gates = [gate for _, gate in named_gates(gated)]
         if total_steps < 1 or not 0 < ramp <= 1 or min(temperature) <= 0:
             raise PagError(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pag_retrofit.errors import BudgetError, PagError
-from pag_retrofit.gates import PixelGate, named_gates, state_of, turn_dials
+from pag_retrofit.gates import (
+    Gate,
+    PixelGate,
+    named_gates,
+    not_deployed,
+    state_of,
+    turn_dials,
+)
 from pag_retrofit.measurement import measure
 from pag_retrofit.tracing import in_mode
 
@@ -46,29 +54,37 @@ def calibrate(
 
     Raises:
         BudgetError: A budget is not in (0, 1] or below the floor.
-        PagError: There is no batch, or the network is not gated.
+        PagError: There is no batch, or something else than tensors in it; the network is not gated,
+            or deployed, or its gates are overridden.
+
+    A call that raises leaves the network as it was.
     """
-    state = state_of(gated)
-    budgets = [state.budget] if budgets is None else list(budgets)
+    state = not_deployed(gated, "calibrated")
+    budgets = [state.budget] if budgets is None else _budgets(budgets)
     for budget in budgets:
         if not 0 < budget <= 1 or budget < state.lowest_budget:
             raise BudgetError(
                 f"budgets contains {budget!r}: expected fractions from the floor "
                 f"{state.lowest_budget:.3f} to 1"
             )
-    images = [batch.detach() for batch in batches]
+    images = _images(batches)
     if not images or not budgets:
         raise PagError("batches or budgets is empty: expected at least one of each")
-    for _, gate in named_gates(gated):
-        gate.rate = None
+    if any(gate.override is not None for _, gate in named_gates(gated)):
+        raise PagError("the gates are overridden: calibrate outside of override_gates()")
+    found = {}
+    with _unchanged_if_it_fails(gated):
+        for _, gate in named_gates(gated):
+            gate.rate = None
+        for budget in budgets:
+            turn_dials(gated, budget)
+            with in_mode(gated):
+                found[float(budget)] = _search(gated, images, budget)
     reached = {}
-    for budget in budgets:
-        turn_dials(gated, budget)
-        with in_mode(gated):
-            offset, fraction, rates = _search(gated, images, budget)
-        state.operating_points[float(budget)] = offset
-        state.open_rates[float(budget)] = rates
-        reached[float(budget)] = fraction
+    for budget, (offset, fraction, rates) in found.items():
+        state.operating_points[budget] = offset
+        state.open_rates[budget] = rates
+        reached[budget] = fraction
         if abs(fraction - budget) > TOLERANCE:
             logger.warning(
                 "calibrated to %.3f of the compute instead of %.3f: the gates do not tell enough "
@@ -78,6 +94,47 @@ def calibrate(
             )
     set_budget(gated, budgets[-1])
     return reached
+
+
+def _budgets(budgets: Sequence[float]) -> list[float]:
+    if isinstance(budgets, Sequence) and not isinstance(budgets, str):
+        if all(isinstance(budget, int | float) for budget in budgets):
+            return list(budgets)
+    raise BudgetError(f"budgets={budgets!r}: expected a list of fractions, such as [0.9, 0.7]")
+
+
+def _images(batches: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(batches, Tensor):
+        raise PagError(
+            f"batches is a tensor of shape {tuple(batches.shape)}: expected a list of such batches"
+        )
+    images = []
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise PagError(
+                f"batches has a {type(batch).__name__} in it: expected tensors alone, such as "
+                "[image for image, label in loader]"
+            )
+        images.append(batch.detach())
+    return images
+
+
+@contextlib.contextmanager
+def _unchanged_if_it_fails(gated: nn.Module) -> Iterator[None]:
+    """Give gates back what steers them."""
+    before = [
+        (gate, gate.rate, {name: x.clone() for name, x in gate.named_buffers(recurse=False)})
+        for _, gate in named_gates(gated)
+    ]
+    try:
+        yield
+    except BaseException:
+        for gate, rate, buffers in before:
+            gate.rate = rate
+            for name, x in buffers.items():
+                gate.get_buffer(name).copy_(x)
+        Gate.changes += 1
+        raise
 
 
 def set_budget(gated: nn.Module, budget: float, mode: str = "average") -> None:
@@ -109,6 +166,12 @@ def set_budget(gated: nn.Module, budget: float, mode: str = "average") -> None:
     rates = _rates_per_image(gated, budget) if mode == "per_image" else {}
     for site, gate in named_gates(gated):
         gate.rate = rates.get(site)
+
+
+def budget_mode(gated: nn.Module) -> str:
+    """The mode that `set_budget` was called with last."""
+    rated = any(gate.rate is not None for _, gate in named_gates(gated))
+    return "per_image" if rated else "average"
 
 
 def _rates_per_image(gated: nn.Module, budget: float) -> dict[str, float]:

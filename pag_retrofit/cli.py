@@ -96,8 +96,8 @@ def tradeoff(
     recipe: RecipeFile,
     overrides: Overrides = None,
     seeds: Annotated[str, typer.Option(help="the first one's folder is the recipe's")] = "0",
-    threads: Annotated[int, typer.Option(help="of the timed networks")] = 1,
-    rounds: Annotated[int, typer.Option(help="how often each network is timed")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="of the timed networks")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="how often each network is timed")] = 16,
     timed: Annotated[bool, typer.Option(help="measure times")] = True,
 ) -> None:
     """Runs a recipe's stages over budgets and seeds; draws quality against compute and time."""
@@ -212,8 +212,8 @@ def latency(
         str, typer.Option(help="densities of made-up masks")
     ] = "1.0,0.9,0.7,0.5,0.3,0.1",
     pattern: Annotated[str, typer.Option(help="of made-up masks: blobs, random, rows")] = "blobs",
-    threads: Annotated[int, typer.Option(help="of every variant")] = 1,
-    rounds: Annotated[int, typer.Option(help="how often each variant is called")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="of every variant")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="how often each variant is called")] = 20,
     runtimes: Annotated[
         str, typer.Option(help="dense runtimes to compare with")
     ] = "eager,channels_last,compile,onnxruntime,openvino",

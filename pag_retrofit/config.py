@@ -31,7 +31,7 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not 0.5 < self.initial_probability < 1:
+        if not (_is_number(self.initial_probability) and 0.5 < self.initial_probability < 1):
             raise PagError(
                 f"gate.initial_probability={self.initial_probability!r}: expected a number "
                 "between 0.5 and 1 (exclusive), so that gates start open; try 0.99"
@@ -143,8 +143,12 @@ class RetrofitConfig:
                 raise PagError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        if not 0 <= self.min_share < 1:
+        if not (_is_number(self.min_share) and 0 <= self.min_share < 1):
             raise PagError(f"min_share={self.min_share!r}: expected a fraction in [0, 1)")
+        if not isinstance(self.gate, GateConfig):
+            raise PagError(f"gate={self.gate!r}: expected a GateConfig")
+        if not isinstance(self.multipool, MultiPoolConfig | None):
+            raise PagError(f"multipool={self.multipool!r}: expected a MultiPoolConfig, or None")
 
     def only(self, sites: Iterable[str]) -> RetrofitConfig:
         """The same for these sites alone, whatever `include` and `exclude` said."""
@@ -184,6 +188,10 @@ def _known_fields(values: Mapping[str, Any], kind: Any, owner: str) -> dict[str,
     if unknown:
         raise PagError(f"unknown keys {unknown} in the {owner}: expected {sorted(allowed)}")
     return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

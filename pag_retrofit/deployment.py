@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +123,9 @@ class DeployedNetwork(nn.Module):
 
     def _key(self, leaves: list[Any], spec: Any) -> tuple[Any, ...]:
         """What a program holds for: shapes."""
-        shapes = ((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return (spec, *shapes)
+        kinds = (x.dtype if isinstance(x, Tensor) else type(x) for x in leaves)
+        values = (tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves)
+        return (spec, *kinds, *values)  # True and 1 are equal
 
     def _program(self, key: Any, leaves: list[Any], spec: Any) -> tuple[Program, Any]:
         with self._lock:
@@ -147,6 +149,7 @@ class DeployedNetwork(nn.Module):
         try:
             exported = export_marked(self.gated, args, kwargs)
         except Exception as error:
+            self._check_taken(args, kwargs)
             line = (str(error).splitlines() or [""])[0][:200]
             raise PagError(
                 f"{type(self.gated).__name__} cannot be deployed: torch.export cannot follow it "
@@ -154,6 +157,31 @@ class DeployedNetwork(nn.Module):
             ) from error
         gates = dict(named_gates(self.gated))
         return lower(exported, gates), exported.call_spec.out_spec
+
+    def _check_taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell arguments that the gated network does not take either."""
+        try:
+            self.gated(*args, **kwargs)
+        except Exception as error:
+            raise PagError(
+                f"{type(self.gated).__name__} does not take these arguments "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedNetwork:
+        """Stay where it is, in float32.
+
+        Raises:
+            PagError: The function, such as that of `half` or `cuda`, changes tensors.
+        """
+        before = torch.zeros(1, dtype=torch.float32, device="cpu")
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise PagError(
+                f"a deployed network computes in float32 on the CPU, not {after.dtype} on "
+                f"{after.device}: it takes inputs of other types, and converts them"
+            )
+        return self
 
     def train(self, mode: bool = True) -> DeployedNetwork:
         """Refuse training.
@@ -198,6 +226,8 @@ def deploy(gated: nn.Module, backend: str = "auto") -> DeployedNetwork:
     """
     if isinstance(gated, DeployedNetwork):
         raise PagError("the network is deployed already: deploy the gated one")
+    if not isinstance(gated, nn.Module):
+        raise PagError(f"gated is a {type(gated).__name__}: expected a network")
     if backend not in BACKENDS:
         raise PagError(f"backend={backend!r}: expected one of {BACKENDS}")
     with using(backend):
@@ -213,6 +243,8 @@ def _shape_of_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size
 
 def _float32(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Hashable):
+            raise PagError(f"an argument holds a {type(leaf).__name__}: expected tensors")
         return leaf
     if leaf.device.type != "cpu":
         raise PagError(f"an input is on {leaf.device}: deployed networks run on the CPU")

@@ -747,7 +747,7 @@ class Decide(Step):
         """A made-up mask."""
         made_up = self._made_up.get(override)
         if made_up is None:
-            made_up = override.mask(torch.empty(self.shape)).bool()
+            made_up = override.mask(torch.empty(self.shape, device="cpu")).bool()
             if len(self._made_up) >= _MOST_MADE_UP:
                 self._made_up.clear()
             self._made_up[override] = made_up
@@ -823,7 +823,7 @@ class Stand(Step):
     def _mask(self) -> Tensor:
         override = self.gate.override
         if override is not None:
-            return override.mask(torch.empty(self.shape)).bool()
+            return override.mask(torch.empty(self.shape, device="cpu")).bool()
         return self.gate.standing_mask(self.shape).expand(self.shape).bool().contiguous()
 
     def _version(self) -> tuple[Any, ...]:

@@ -345,11 +345,13 @@ def pattern_mask(pattern: str, density: float, shape: tuple[int, int, int], seed
         (B, 1, H, W), float32, on the CPU.
 
     Raises:
-        PagError: The pattern is unknown or the density is not a fraction.
+        PagError: The pattern is unknown, the density is not a fraction, or the seed no integer.
     """
     if pattern not in PATTERNS:
         raise PagError(f"pattern={pattern!r}: expected one of {PATTERNS}")
-    if not 0 <= density <= 1:
+    if not isinstance(seed, int):
+        raise PagError(f"seed={seed!r}: expected an integer")
+    if not (isinstance(density, int | float) and 0 <= density <= 1):
         raise PagError(f"density={density!r}: expected a fraction in [0, 1]")
     batch, height, width = shape
     if pattern in ("all", "none"):

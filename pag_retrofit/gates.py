@@ -503,6 +503,25 @@ def state_of(gated: nn.Module) -> RetrofitState:
     return state
 
 
+def not_deployed(gated: nn.Module, done: str) -> RetrofitState:
+    """The state of a gated network that can still be changed and looked into.
+
+    Args:
+        gated: The network.
+        done: What is to be done with it.
+
+    Raises:
+        PagError: The network is deployed, or not gated.
+    """
+    state = state_of(gated)
+    if getattr(gated, "pag_deployed", False):
+        raise PagError(
+            f"a deployed network cannot be {done}: take the gated one that it was made from, and "
+            "deploy that afterwards"
+        )
+    return state
+
+
 def named_gates(gated: nn.Module) -> Iterator[tuple[str, Gate]]:
     """Gates and selectors with the names of their sites, in the order of the modules."""
     for module in gated.modules():

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pag_retrofit.calibration import set_budget
+from pag_retrofit.calibration import budget_mode, set_budget
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import CheckpointError, PagError
 from pag_retrofit.gates import NetworkTimes, named_gates, state_of, use_times
@@ -146,23 +146,66 @@ def spec_of(model: nn.Module) -> ModelSpec | None:
     What they note does not tell all arguments. A specification found that way counts only if the
     network it builds looks the same: class, every module with its settings, every tensor's shape.
     """
-    noted = getattr(model, "pag_spec", None)
-    if isinstance(noted, ModelSpec):
-        return noted
+    return _spec_and_settings(model)[0]
+
+
+Settings = dict[str, dict[str, Any]]
+"""Module -> attribute -> value."""
+
+
+def _spec_and_settings(model: nn.Module) -> tuple[ModelSpec | None, Settings]:
+    """The specification of a network, and attributes in which it differs from what that builds.
+
+    Such as a drop rate: neither the representation of a module nor its tensors tell them all.
+    """
     original = copy.deepcopy(model)
     if hasattr(original, "pag_state"):
         remove(original)
-    candidate = _guess_spec(restore_input(original))
+    noted = getattr(restore_input(original), "pag_spec", None)
+    candidate = noted if isinstance(noted, ModelSpec) else _guess_spec(original)
     if candidate is None:
-        return None
+        return None, {}
     try:
         with torch.device("meta"):
             rebuilt = candidate.build()
     except CheckpointError:
-        return None
+        return (candidate if candidate is noted else None), {}
     same = type(rebuilt) is type(original) and repr(rebuilt) == repr(original)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (original, rebuilt)]
-    return candidate if same and shapes[0] == shapes[1] else None
+    if not same or shapes[0] != shapes[1]:
+        return (candidate if candidate is noted else None), {}
+    return candidate, _different_settings(original, rebuilt)
+
+
+def _different_settings(original: nn.Module, rebuilt: nn.Module) -> Settings:
+    """Attributes of numbers, words and the like that both networks have with other values."""
+    found: Settings = {}
+    for (path, mine), theirs in zip(original.named_modules(), rebuilt.modules(), strict=True):
+        for name, value in vars(theirs).items():
+            own = vars(mine).get(name, value)
+            if _is_setting(name, value) and _is_setting(name, own) and own != value:
+                found.setdefault(path, {})[name] = own
+    return found
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute is one that a file may set: no tensor, no function, nothing private."""
+    if name.startswith("_") or name == "training":
+        return False
+    if isinstance(value, tuple):
+        return all(_is_setting(name, item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _apply_settings(network: nn.Module, settings: Settings) -> None:
+    """Set what `_different_settings` found."""
+    for path, attributes in settings.items():
+        module = network.get_submodule(path)
+        for name, value in attributes.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if not (_is_setting(name, value) and _is_setting(name, vars(module)[name])):
+                raise ValueError(f"{path}.{name}={value!r}: not a setting of the network")
+            setattr(module, name, value)
 
 
 def _guess_spec(model: nn.Module) -> ModelSpec | None:
@@ -263,20 +306,23 @@ def _describe(gated: nn.Module) -> dict[str, Any]:
             "deploy it after loading"
         )
     state = state_of(gated)
-    spec = spec_of(gated)
+    spec, settings = _spec_and_settings(gated)
     return {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in ("torch", "timm", "pag-retrofit")},
         "model": spec.to_dict() if spec else None,
+        "settings": settings,
         "class": type(gated).__name__,
         "resized_input": list(gated.pag_resized) if isinstance(gated, ResizedInput) else None,
         "retrofit": state.config.to_dict(),
         "budget": state.budget,
         "example_shape": list(state.example_shape),
         "total_macs": state.total_macs,
+        "gateable_macs": _gateable_macs(gated),
         "sites": [name for name, _ in named_gates(gated)],
         "operating_points": sorted(state.operating_points.items()),
         "active_budget": state.active_budget,
+        "mode": budget_mode(gated),
         "open_rates": sorted(state.open_rates.items()),
         "times": None if state.times is None else dataclasses.asdict(state.times),
     }
@@ -319,7 +365,8 @@ def _restore(
         if description.get("times") is not None:  # files of earlier releases lack it
             use_times(gated, NetworkTimes.from_dict(description["times"]))
         if description["active_budget"] is not None:
-            set_budget(gated, description["active_budget"])
+            # Files of earlier releases lack the mode.
+            set_budget(gated, description["active_budget"], description.get("mode", "average"))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -336,6 +383,7 @@ def _network(description: dict[str, Any], model: nn.Module | None, source: str) 
         network = restore_input(copy.deepcopy(model))
     elif spec is not None:
         network = ModelSpec(spec["library"], spec["name"], spec["arguments"]).build()
+        _apply_settings(network, description.get("settings", {}))
     else:
         raise CheckpointError(
             f"{source}: it holds a {description['class']} that is neither a timm nor an SMP "
@@ -351,14 +399,24 @@ def _network(description: dict[str, Any], model: nn.Module | None, source: str) 
 
 def _check_sites(gated: nn.Module, description: dict[str, Any], source: str) -> None:
     sites = [name for name, _ in named_gates(gated)]
-    if sites != description["sites"] or state_of(gated).total_macs != description["total_macs"]:
+    # Not of the whole network: heads are replaced. Files of earlier releases hold that alone.
+    if "gateable_macs" in description:
+        same = _gateable_macs(gated) == description["gateable_macs"]
+    else:
+        same = state_of(gated).total_macs == description["total_macs"]
+    if sites != description["sites"] or not same:
         different = sorted(set(sites) ^ set(description["sites"]))
         raise CheckpointError(
-            f"{source}: was saved from a network with {len(description['sites'])} sites and "
-            f"{description['total_macs']} MACs, this one has {len(sites)} and "
-            f"{state_of(gated).total_macs} (different: {different[:5]}); pass the same network, or "
+            f"{source}: belongs to another network: it was saved with {len(description['sites'])} "
+            f"sites of {description.get('gateable_macs', 'other')} MACs, this one has {len(sites)} "
+            f"of {_gateable_macs(gated)} (different: {different[:5]}); pass the same network, or "
             f"use the library versions it was saved with: {description['versions']}"
         )
+
+
+def _gateable_macs(gated: nn.Module) -> int:
+    state = state_of(gated)
+    return round(state.gateable_share * state.total_macs)
 
 
 def _load_tensors(gated: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -419,6 +477,9 @@ def _tensor_writer(tensors: dict[str, Tensor], notes: dict[str, str]) -> Callabl
 def _replace(writers: dict[Path, Callable[[Path], Any]]) -> None:
     """Write all files beside their places, then take the places: a failure leaves the old ones."""
     temporaries: dict[Path, Path] = {}
+    missing = sorted({str(path.parent) for path in writers if not path.parent.is_dir()})
+    if missing:
+        raise PagError(f"cannot write {list(map(str, writers))}: there is no folder {missing[0]}")
     try:
         for path, write in writers.items():
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import ConstantArgument
 
 from pag_retrofit import kernels
 from pag_retrofit.aliasing import may_give_a_view
@@ -198,6 +199,8 @@ class _Lowering:
         signature = exported.graph_signature
         stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         lifted = signature.inputs_to_lifted_tensor_constants
+        arguments = [spec.arg for spec in signature.input_specs]
+        given = {x.name: x.value for x in arguments if isinstance(x, ConstantArgument)}
         for node in self.graph.nodes:
             if node.op != "placeholder":
                 continue
@@ -207,6 +210,8 @@ class _Lowering:
                 self.state.constants[node] = value.detach()
             elif node.name in lifted:
                 self.state.constants[node] = exported.constants[lifted[node.name]]
+            elif node.name in given:
+                self.state.constants[node] = given[node.name]
             else:
                 self.inputs.append(node.name)
                 self.state.made.add(node)

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import as_map, pattern_mask
-from pag_retrofit.gates import Gate, MaskOverride, NetworkTimes, named_gates, state_of
+from pag_retrofit.gates import (
+    Gate,
+    MaskOverride,
+    NetworkTimes,
+    named_gates,
+    not_deployed,
+    state_of,
+)
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.tracing import MacCounter
 
@@ -234,15 +241,19 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
         A `Measurement` that fills as the network runs.
 
     Raises:
-        PagError: The network is not gated.
+        PagError: The network is not gated, or deployed; or a pass has no image (B, C, H, W).
     """
-    result = Measurement(state_of(gated).times)
+    result = Measurement(not_deployed(gated, "measured").times)
     counter = MacCounter()
     counted = [0]
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 4)
-        result._start_pass(tuple(x.shape))
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        images = [a for a in tensors if a.dim() == 4 and len(a)]
+        if not images:
+            shapes = [tuple(a.shape) for a in tensors]
+            raise PagError(f"nothing to measure: expected images (B, C, H, W), got {shapes}")
+        result._start_pass(tuple(images[0].shape))
         counted[0] = counter.macs
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:

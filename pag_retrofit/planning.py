@@ -162,6 +162,11 @@ class Plan:
             ],
         }
 
+    def _caption(self) -> str:
+        if self.budget < self.floor:
+            return f"budget {self.budget:g} is below the floor: it cannot be met"
+        return f"budget {self.budget:g}: open rate {self.rho:.3f} in every gate would meet it"
+
     def table(self) -> Table:
         """Render as a rich table: sites first, then dense layers grouped by reason."""
         from rich.table import Table
@@ -170,7 +175,7 @@ class Plan:
         table = Table(
             title=f"{self.network} at {shape}: {self.total_macs / 1e9:.3f} GMACs, "
             f"{self.gateable_share:.1%} gateable, floor {self.floor:.3f}",
-            caption=f"budget {self.budget:g}: open rate {self.rho:.3f} in every gate would meet it",
+            caption=self._caption(),
         )
         table.add_column("site", no_wrap=True)
         table.add_column("kind")

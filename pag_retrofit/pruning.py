@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pag_retrofit.calibration import set_budget
+from pag_retrofit.calibration import budget_mode, set_budget
 from pag_retrofit.errors import PagError
 from pag_retrofit.gates import (
     NetworkTimes,
@@ -46,7 +46,7 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     if not pruned or pruned == set(gates):
         return ()
     kept = [site for site in gates if site not in pruned]
-    values = gated.state_dict()
+    values, mode = gated.state_dict(), budget_mode(gated)
     remove(gated)
     retrofit(
         gated,
@@ -60,7 +60,7 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
         if name in values:  # all that is saved
             tensor.data = tensor.data.to(values[name])
     gated.load_state_dict({name: values[name] for name in own})
-    _hand_over(state, gated)
+    _hand_over(state, gated, mode)
     return tuple(site for site in gates if site in pruned)
 
 
@@ -69,7 +69,7 @@ def _is_open(site: str, gate: nn.Module, state: RetrofitState, least: float) -> 
     return isinstance(gate, PixelGate) and min(rates) >= least
 
 
-def _hand_over(state: RetrofitState, gated: nn.Module) -> None:
+def _hand_over(state: RetrofitState, gated: nn.Module, mode: str) -> None:
     """What the network knew before still holds for the sites that are left."""
     own = state_of(gated)
     sites = {site for site, _ in named_gates(gated)}
@@ -83,4 +83,4 @@ def _hand_over(state: RetrofitState, gated: nn.Module) -> None:
         left = {site: of for site, of in state.times.sites.items() if site in sites}
         use_times(gated, NetworkTimes(state.times.opened, left))
     if state.active_budget is not None:
-        set_budget(gated, state.active_budget)
+        set_budget(gated, state.active_budget, mode)

@@ -7,7 +7,8 @@ import copy
 from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
-from pag_retrofit.gates import GatedModule, RetrofitState, named_gates, state_of
+from pag_retrofit.errors import PagError
+from pag_retrofit.gates import GatedModule, RetrofitState, named_gates, not_deployed
 from pag_retrofit.multipool import MultiPoolConv2d
 from pag_retrofit.planning import Surgery
 from pag_retrofit.policies import FixedGate, truncated
@@ -47,7 +48,12 @@ def retrofit(
         NoSitesError: Nothing in the network can be gated.
         PagError: The network is gated already, or does not run on the example.
     """
-    config = config or RetrofitConfig()
+    config = RetrofitConfig() if config is None else config
+    if not isinstance(config, RetrofitConfig):
+        raise PagError(
+            f"config={config!r}: expected a RetrofitConfig; RetrofitConfig.from_dict() makes one of "
+            "a mapping"
+        )
     target = model if inplace or not isinstance(model, nn.Module) else copy.deepcopy(model)
     surgery = Surgery(target, budget, example_input, config)
     plan = surgery.plan
@@ -79,9 +85,9 @@ def remove(gated: nn.Module) -> nn.Module:
         The same object, with the modules and state-dict keys of the original.
 
     Raises:
-        PagError: The network is not gated.
+        PagError: The network is not gated, or deployed.
     """
-    state_of(gated)
+    not_deployed(gated, "ungated")
     for kind in (GatedBlock, GatedModule, MultiPoolConv2d):  # blocks may hold the others
         for path, module in list(gated.named_modules()):
             if isinstance(module, kind):

@@ -309,6 +309,62 @@ def test_any_size_and_batch(unet: nn.Module, deployed: nn.Module) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "classifier"])
+def test_nothing_to_do(unet: nn.Module, name: str) -> None:
+    classifier = timm.create_model("resnet10t", num_classes=3).eval()
+    gated = unet if name == "unet" else gate_all(classifier, SHAPE)
+    own = pag.deploy(gated)
+    nothing = torch.zeros(0, *SHAPE[1:])
+    for _ in range(2):
+        assert own(nothing).shape == gated(nothing).shape
+    agree(gated, own, torch.randn(SHAPE), 0.4)
+
+
+class Options(nn.Module):
+    """A network that takes more than its image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = CustomNet()
+
+    def forward(
+        self, x: Tensor, factor: float = 1.0, mask: Tensor | None = None, *, flip: bool = False
+    ) -> Tensor:
+        y: Tensor = self.body(x.flip(-1) if flip else x) * factor
+        return y if mask is None else y * mask
+
+
+@torch.no_grad()
+def test_any_arguments() -> None:
+    gated = gate_all(Options().eval(), (2, 3, 32, 32))
+    own, x = pag.deploy(gated), torch.randn(2, 3, 32, 32)
+    mask = torch.rand(2, *gated(x).shape[1:])
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((x, 2.0), {}),
+        ((x, 1), {"flip": True}),
+        ((x, True), {"flip": False}),
+        ((x, 1.0, None), {}),
+        ((x, 3.0, mask), {"flip": True}),
+        ((x,), {"mask": mask}),
+    ]
+    for _ in range(2):
+        for args, kwargs in calls:
+            close(own(*args, **kwargs), gated(*args, **kwargs))
+
+
+@torch.no_grad()
+def test_whatever_torch_makes_by_default(unet: nn.Module) -> None:
+    own, x = pag.deploy(unet), torch.randn(1, 3, 32, 64)
+    expected = unet(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        close(own(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
 def test_any_memory_format(unet: nn.Module, deployed: nn.Module) -> None:
     wide = torch.randn(2, 6, 64, 128)
     for x in (
@@ -1243,10 +1299,29 @@ def test_saving_a_deployed_network_is_refused(deployed: nn.Module, tmp_path: Pat
 def test_what_cannot_be_deployed_is_refused(deployed: nn.Module) -> None:
     with pytest.raises(pag.PagError, match="deployed already"):
         pag.deploy(deployed)
+    with pytest.raises(pag.PagError, match="expected a network"):
+        pag.deploy(None)  # type: ignore[arg-type]
     with pytest.raises(pag.PagError, match="backend='gpu'"):
         pag.deploy(gate_all(CustomNet()), backend="gpu")
     with pytest.raises(pag.PagError, match="cannot be trained"):
         deployed.train()
+    with pytest.raises(pag.PagError, match="cannot be trained"):
+        pag.Annealer(deployed, 10)
+    with pytest.raises(pag.PagError, match="cannot be measured"), pag.measure(deployed):
+        pass
+    with pytest.raises(pag.PagError, match="cannot be calibrated"):
+        pag.calibrate(deployed, [torch.randn(SHAPE)], [0.9])
+    with pytest.raises(pag.PagError, match="cannot be ungated"):
+        pag.remove(deployed)
+    for convert in (deployed.half, deployed.double, deployed.bfloat16):
+        with pytest.raises(pag.PagError, match="in float32 on the CPU"):
+            convert()
+    assert deployed.float() is deployed.cpu() is deployed
+    for wrong in ((torch.randn(1, 5, 32, 32),), (None,), ()):
+        with pytest.raises(pag.PagError, match="does not take these arguments"):
+            deployed(*wrong)
+    with pytest.raises(pag.PagError, match="holds a ndarray"):
+        deployed(torch.randn(SHAPE).numpy())
     model = MODELS["control flow by values"].build().eval()
     gated = gate_all(model, (2, 3, 32, 32))
     with pytest.raises(pag.PagError, match="cannot be deployed"):

@@ -153,8 +153,9 @@ def test_round_trip_of_a_custom_network(way: Callable[..., nn.Module], tmp_path:
         lambda: timm.create_model("test_resnet", num_classes=5, output_stride=8),
         lambda: timm.create_model("test_resnet", num_classes=5, in_chans=3, layers=ONE_EACH[:4]),
         lambda: smp.Unet("resnet18", encoder_weights=None, activation=nn.Sigmoid),
+        lambda: timm.create_model("nf_regnet_b0", num_classes=5, alpha=0.7),
     ],
-    ids=["pooling", "activation", "dilated", "depth", "head class"],
+    ids=["pooling", "activation", "dilated", "depth", "head class", "an attribute"],
 )
 def test_a_network_that_its_name_does_not_tell_is_not_rebuilt_wrongly(
     build: Callable[[], nn.Module], tmp_path: Path
@@ -167,6 +168,48 @@ def test_a_network_that_its_name_does_not_tell_is_not_rebuilt_wrongly(
         assert "model=" in str(error)
         loaded = through_file(gated, tmp_path, build())
     assert_same_network(loaded, gated)
+
+
+@WAYS
+def test_settings_that_a_name_does_not_tell_survive(
+    way: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    gated = trained(timm.create_model("test_resnet", num_classes=5, drop_rate=0.4))
+    loaded = way(gated, tmp_path)
+    assert loaded.drop_rate == 0.4
+    assert_same_network(loaded, gated)
+
+
+def test_a_file_sets_nothing_but_settings(tmp_path: Path) -> None:
+    gated = trained(timm.create_model("test_resnet", num_classes=5, drop_rate=0.4))
+    pag.save_pretrained(gated, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert '"drop_rate": 0.4' in text
+    for bad in ('"forward": 0.4', '"_modules": 0.4', '"unknown": 0.4', '"drop_rate": {}'):
+        (tmp_path / "config.json").write_text(text.replace('"drop_rate": 0.4', bad))
+        with pytest.raises(pag.CheckpointError, match="damaged or belongs to another"):
+            pag.from_pretrained(tmp_path)
+
+
+@WAYS
+def test_the_head_may_be_another_one_than_when_gates_came_in(
+    way: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    gated = trained(timm.create_model("test_resnet", num_classes=5))
+    gated.reset_classifier(3)  # type: ignore[operator]
+    loaded = way(gated, tmp_path)
+    assert torch.equal(loaded(X), gated(X)) and loaded(X).shape == (len(X), 3)
+    with pag.measure(loaded) as measured:
+        loaded(X)
+    assert loaded.pag_state.total_macs * len(X) == measured.total_macs
+
+
+@WAYS
+def test_the_mode_of_the_budget_survives(way: Callable[..., nn.Module], tmp_path: Path) -> None:
+    gated = trained(timm.create_model("test_resnet", num_classes=5))
+    pag.calibrate(gated, [X], [0.9])
+    pag.set_budget(gated, 0.9, mode="per_image")
+    assert_same_network(way(gated, tmp_path), gated)
 
 
 @WAYS
@@ -284,7 +327,10 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d["sites"].pop(), "another network"),
         (lambda d: d["sites"].append("fc"), "sites"),
         (lambda d: d.update(sites=7), "damaged"),
-        (lambda d: d.update(total_macs=1), "MACs"),
+        (lambda d: d.update(gateable_macs=1), "MACs"),
+        (lambda d: d.pop("gateable_macs") and d.update(total_macs=1), "MACs"),  # older files
+        (lambda d: d.update(settings=[]), "damaged"),
+        (lambda d: d.update(settings={"fc": 1}), "damaged"),
         (lambda d: d.update(budget="cheap"), "budget"),
         (lambda d: d.update(budget=0.0001), "floor"),
         (lambda d: d.update(example_shape="large"), "example_input"),
@@ -306,7 +352,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d["model"].update(library=["timm"]), "library|damaged"),
         (lambda d: d["model"].update(arguments={"checkpoint_path": "x"}), "checkpoint_path"),
         (lambda d: d["model"].update(arguments={"pretrained_cfg": {}}), "pretrained_cfg"),
-        (lambda d: d["model"].update(arguments={"num_classes": -1}), "cannot build|sites"),
+        (lambda d: d["model"].update(arguments={"num_classes": -1}), "cannot build|another"),
         (lambda d: d["model"].update(arguments=["num_classes"]), "cannot build|damaged"),
         (lambda d: d.update(model=smp_unet("tu-local-dir:elsewhere")), "no such|expected"),
         (lambda d: d.update(model=smp_unet("tu-hf-hub:some/thing")), "no such|expected"),

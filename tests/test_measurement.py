@@ -194,6 +194,10 @@ def test_refusals(gated: nn.Module) -> None:
         pass
     with pytest.raises(pag.PagError, match="density"), pag.override_gates(gated, 2.0):
         pass
+    with pytest.raises(pag.PagError, match="seed"), pag.override_gates(gated, seed=1.5):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(pag.PagError, match="nothing to measure"), pag.measure(gated):
+        gated(torch.zeros(0, 3, 32, 32))
     with pag.measure(gated) as m:
         pass
     for name in ("fraction", "compute_map"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -358,6 +359,30 @@ def test_calibrate_refuses(gated: nn.Module) -> None:
         pag.calibrate(gated, [], (0.9,))
     with pytest.raises(pag.PagError, match="not a gated network"):
         pag.calibrate(CustomNet(), x, (0.9,))
+    for budgets in (0.9, ["a"], "0.9"):
+        with pytest.raises(pag.BudgetError, match="expected a list of fractions"):
+            pag.calibrate(gated, x, budgets)  # type: ignore[arg-type]
+    with pytest.raises(pag.PagError, match="expected a list of such batches"):
+        pag.calibrate(gated, x[0], (0.9,))
+    with pytest.raises(pag.PagError, match="has a tuple in it"):
+        pag.calibrate(gated, [(x[0], 1)], (0.9,))  # type: ignore[list-item]
+    with pytest.raises(pag.PagError, match="overridden"), pag.override_gates(gated):
+        pag.calibrate(gated, x, (0.9,))
+
+
+@torch.no_grad()
+def test_a_calibration_that_fails_leaves_the_network_as_it_was(gated: nn.Module) -> None:
+    shuffle_gates(gated, 3.0)
+    gated.eval()
+    x = torch.randn(SHAPE)
+    pag.calibrate(gated, [x], (0.9,))
+    pag.set_budget(gated, 0.9, mode="per_image")
+    expected, state = gated(x), copy.deepcopy(gated.pag_state)
+    wrong = torch.randn(SHAPE[0], SHAPE[1] + 1, *SHAPE[2:])
+    with pytest.raises(RuntimeError):
+        pag.calibrate(gated, [x, wrong], (0.7,))
+    assert torch.equal(gated(x), expected)
+    assert gated.pag_state == state
 
 
 def test_set_budget_names_what_was_calibrated(gated: nn.Module) -> None:

@@ -244,7 +244,7 @@ def time_calls(tape: Tape) -> list[tuple[str, tuple[Any, ...], float]]:
 
 def empty(floats: int) -> Tensor:
     """Flat memory for a map, uninitialised."""
-    flat = torch.empty(floats)
+    flat = torch.empty(floats, dtype=torch.float32, device="cpu")
     if floats * flat.element_size() >= _LARGE:
         library().pag_use_large_pages(flat.data_ptr(), floats * flat.element_size())
     return flat
@@ -335,7 +335,7 @@ def gate(
     pixels were computed.
     """
     batch = len(sources[0])
-    mask = torch.empty(batch, 1, *size, dtype=torch.bool)
+    mask = torch.empty(batch, 1, *size, dtype=torch.bool, device="cpu")
     packed = _GATE.pack(
         batch, *size, weight.numel(), *stride, *offset,
         len(sources), _ACTIVATION_NUMBERS[activation], *_sources(sources, upsampling),
@@ -357,7 +357,7 @@ def list_pixels(
     """
     mask, other = _bytes(mask), None if other is None else _bytes(other)
     pixels = torch.zeros(mask.numel(), dtype=torch.int32)
-    found = torch.empty(1, dtype=torch.int32)
+    found = torch.empty(1, dtype=torch.int32, device="cpu")
     packed = _LISTING.pack(
         mask.data_ptr(), _address(other), mask.numel(), wanted, OPERATIONS.index(operation),
         pixels.data_ptr(), found.data_ptr(),
@@ -372,7 +372,7 @@ def needed_inputs(
     """Bool (B, 1, H, W): pixels of a map that a window reads for the open pixels of a mask."""
     mask = _bytes(mask)
     batch, _, height, width = mask.shape
-    needed = torch.empty(batch, 1, *size, dtype=torch.bool)
+    needed = torch.empty(batch, 1, *size, dtype=torch.bool, device="cpu")
     packed = _READING.pack(
         batch, height, width, *size, upsampling.bit_length() - 1, *window,
         mask.data_ptr(), needed.data_ptr(),

@@ -250,7 +250,7 @@ def copy(out: Tensor, x: Tensor | None) -> None:
 
 def empty(floats: int) -> Tensor:
     """Flat memory for a map, uninitialised."""
-    return torch.empty(floats)
+    return torch.empty(floats, dtype=torch.float32, device="cpu")
 
 
 def _listed(pixels: Tensor | None, length: Tensor | None, dense: int) -> Tensor:

@@ -161,6 +161,8 @@ def record_on(tape: Tape) -> Iterator[None]:
 
 def contiguous(x: Tensor) -> Tensor:
     """`x.contiguous()`, also in replays."""
+    if not x.numel():
+        return x.new_empty(x.shape)  # what holds nothing is contiguous whatever its strides
     if x.is_contiguous():
         return x
     copy = x.contiguous()
