@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -42,6 +43,7 @@ from pag_retrofit.recipe import (
     StanfordSection,
     TaskSection,
 )
+from pag_retrofit.resizing import ResizedInput, see_smaller
 from pag_retrofit.tasks import (
     BoundaryTask,
     DepthTask,
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_WEIGHTS = {"encoder_checkpoint": None, "checkpoint": None}
 """Update of a `ModelSection` for a network whose weights come from elsewhere."""
+_RESIZED, _AVERAGED = "pag_resized", "pag_averaged"  # keys of the metadata of weights
 _CALIBRATION_IMAGES = 256  # of streamed training images, the first ones; others choose among all
 
 
@@ -112,18 +115,30 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Loads weights of the whole network.
 
     Raises:
-        CheckpointError: a weight is missing, unexpected or of another shape.
+        CheckpointError: a weight is missing, unexpected or of another shape, or the network's
+            branches are averaged.
     """
+    if _AVERAGED in read_metadata(path):
+        raise CheckpointError(
+            f"{path} holds a network whose branches are averaged, which cannot be rebuilt: its "
+            "scores are in metrics.json beside it"
+        )
     weights = _read_weights(path)
     own = network.state_dict()
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
     _check_weights(path, own, weights, missing, unexpected)
     network.load_state_dict(weights)
+    resized = read_metadata(path).get(_RESIZED)
+    if resized is not None:
+        see_smaller(network, **json.loads(resized))
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Writes the weights of a network as safetensors, whole or not at all."""
+    """Writes the weights of a network as safetensors, whole or not at all.
+
+    And how its input is resized, or that its branches are averaged.
+    """
     from safetensors.torch import save_file
 
     weights = {key: value.detach().cpu() for key, value in network.state_dict().items()}
@@ -131,8 +146,13 @@ def save_weights(network: nn.Module, path: Path) -> None:
     weights = {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()
     }
+    notes = {"format": "pt"}
+    if isinstance(network, ResizedInput):
+        notes[_RESIZED] = json.dumps(network.resizing())
+    elif hasattr(network, "pag_compute_fraction"):
+        notes[_AVERAGED] = "true"
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(weights, temporary)
+    save_file(weights, temporary, notes)
     os.replace(temporary, path)
 
 

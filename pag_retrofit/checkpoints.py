@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import load
 
 from pag_retrofit.errors import TrainingError
 
@@ -19,6 +20,9 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
+
+
+_STATES = "states.json"
 
 
 @dataclass
@@ -76,17 +80,31 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class Stateful(Protocol):
+    """What tells its state in plain values, and takes it over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state over."""
+
+
 class Checkpoints:
     """The checkpoints of one run, of which the last is kept.
 
     Args:
         folder: where they lie; made when the first one is saved.
-        accelerator: holds what is saved: network, optimizer, generators, registered objects.
+        accelerator: holds what is saved: network, optimizer, generators.
+
+    Attributes:
+        states: what else is saved, by name, as JSON.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder = folder
         self.accelerator = accelerator
+        self.states: dict[str, Stateful] = {}
 
     def last(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -110,6 +128,9 @@ class Checkpoints:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if main:
+            states = {name: state.state_dict() for name, state in self.states.items()}
+            processes = self.accelerator.num_processes
+            write_json(temporary / _STATES, {"processes": processes, **states})
             os.replace(temporary, final)
             for old in self.folder.iterdir():
                 if old != final:
@@ -117,11 +138,40 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load_last(self) -> Path | None:
-        """Restores the newest complete checkpoint, if there is one; returns where it lies."""
+        """Restores the newest complete checkpoint, if there is one; returns where it lies.
+
+        Raises:
+            TrainingError: a file is missing or damaged, or it was written by another number of
+                processes.
+        """
         checkpoint = self.last()
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
+        if checkpoint is None:
+            return None
+        try:
+            self._load(checkpoint)
+        except TrainingError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"cannot go on from {checkpoint} ({type(error).__name__}: {error}); remove "
+                f"{self.folder} to begin the stage anew"
+            ) from error
         return checkpoint
+
+    def _load(self, checkpoint: Path) -> None:
+        states = json.loads((checkpoint / _STATES).read_text(encoding="utf-8"))
+        processes = self.accelerator.num_processes
+        if states["processes"] != processes:
+            raise TrainingError(
+                f"{checkpoint} was written by {states['processes']} processes, this run has "
+                f"{processes}: launch as many (images of an epoch and the schedule are shared out "
+                f"among them), or remove {self.folder} to begin the stage anew"
+            )
+        # Accelerate goes on without them, with other noise.
+        load(checkpoint / f"random_states_{self.accelerator.process_index}.pkl")
+        self.accelerator.load_state(str(checkpoint))
+        for name, state in self.states.items():
+            state.load_state_dict(states[name])
 
 
 def write_json(path: Path, values: Any) -> None:

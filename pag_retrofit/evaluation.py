@@ -21,6 +21,7 @@ from pag_retrofit.building import (
     read_metadata,
 )
 from pag_retrofit.calibration import set_budget
+from pag_retrofit.data.base import collate
 from pag_retrofit.gates import state_of
 from pag_retrofit.io import (
     CONFIG_NAME,
@@ -96,7 +97,12 @@ def evaluate_file(path: Path, recipe: Recipe, *, budget: float | None = None) ->
     accelerator = Accelerator()
     data = evaluation_data(recipe)
     section = recipe.data
-    loader = DataLoader(data, batch_size=section.eval_batch_size, num_workers=section.workers)
+    loader = DataLoader(
+        data,
+        batch_size=section.eval_batch_size,
+        collate_fn=collate,
+        num_workers=section.workers,
+    )
     return evaluate_network(
         network.to(accelerator.device),
         accelerator.prepare(loader),
@@ -112,7 +118,7 @@ def load_network(path: Path, section: ModelSection) -> nn.Module:
     Args:
         path: what `save_pretrained` or `save_file` wrote, the folder of a stage, or a safetensors
             file with weights.
-        section: builds the network if the weights are ungated.
+        section: builds the network if the weights are ungated; if it saw smaller inputs, it does.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit the network.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import parse_flag_from_env
 
 
@@ -15,3 +16,9 @@ def process_state() -> PartialState:
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu)
+
+
+def forget_precision(wanted: str) -> None:
+    """Let the next `Accelerator` have another precision than the last one, which it refuses."""
+    if is_initialized() and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     ValidationError,
     model_validator,
 )
@@ -100,7 +101,8 @@ Stages = Annotated[tuple[Stage, ...], AfterValidator(_not_empty)]
 RetrofitFields = Annotated[dict[str, Any], AfterValidator(_retrofit_fields)]
 TaskName = Literal["segmentation", "boundaries", "depth", "normals"]
 Size = tuple[Count, Count]
-Triple = tuple[float, float, float]
+SceneSide = Annotated[int, Field(ge=8)]
+Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 
 
 class Section(BaseModel):
@@ -184,7 +186,7 @@ class ScenesSection(DataSection):
     name: Literal["scenes"]
     train_count: Count = 400
     val_count: Count = 80
-    size: Size = (128, 160)
+    size: tuple[SceneSide, SceneSide] = (128, 160)
 
 
 class CityscapesSection(DataSection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,12 @@ class ResizedInput(nn.Module):
     """
 
     pag_resized: tuple[float, int]
+    pag_compute_fraction: float
+
+    def resizing(self) -> dict[str, Any]:
+        """What `see_smaller` takes."""
+        share, multiple = self.pag_resized
+        return {"share": share, "multiple": multiple, "fraction": self.pag_compute_fraction}
 
     def forward(self, image: Tensor) -> Tensor:
         """Shrink the image, run the network, and enlarge its output, if it is a map."""
@@ -72,14 +79,20 @@ def resize_input(
             f"{tuple(example.shape[2:])}"
         )
     whole = _macs(network, example)
-    network.__class__ = _resized_class(type(network))  # type: ignore[arg-type]
-    network.__dict__["pag_resized"] = (share, multiple)
+    see_smaller(network, share=share, multiple=multiple, fraction=1.0)
     try:
         network.__dict__["pag_compute_fraction"] = _macs(network, example) / whole
     except Exception:
         restore_input(network)
         raise
     return network
+
+
+def see_smaller(network: nn.Module, *, share: float, multiple: int, fraction: float) -> None:
+    """Let a network see what another one of its kind did after `resize_input`, in place."""
+    network.__class__ = _resized_class(type(network))  # type: ignore[arg-type]
+    network.__dict__["pag_resized"] = (share, multiple)
+    network.__dict__["pag_compute_fraction"] = fraction
 
 
 def restore_input(network: nn.Module) -> nn.Module:

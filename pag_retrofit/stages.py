@@ -34,6 +34,7 @@ from pag_retrofit.calibration import calibrate, measured_fraction, set_budget
 from pag_retrofit.checkpoints import locked, write_json, write_text
 from pag_retrofit.config import POLICIES, RetrofitConfig
 from pag_retrofit.conversion import average_branches
+from pag_retrofit.data.base import collate
 from pag_retrofit.errors import RecipeError
 from pag_retrofit.evaluation import Evaluation
 from pag_retrofit.gates import NetworkTimes, state_of, use_times
@@ -211,7 +212,7 @@ def _calibrate_and_evaluate(
     layout = torch.channels_last if recipe.runtime.channels_last else torch.contiguous_format
     images = [
         batch["image"].to(trainer.device, memory_format=layout)
-        for batch in DataLoader(chosen, batch_size=size)
+        for batch in DataLoader(chosen, batch_size=size, collate_fn=collate)
     ]
     own = state_of(network).budget  # of what a smaller input leaves, if it sees one
     budgets = sorted(stage.schedule.budgets) if stage.kind == "dial" else (own,)

@@ -51,8 +51,8 @@ def retrofit(
     config = RetrofitConfig() if config is None else config
     if not isinstance(config, RetrofitConfig):
         raise PagError(
-            f"config={config!r}: expected a RetrofitConfig; RetrofitConfig.from_dict() makes one of "
-            "a mapping"
+            f"config={config!r}: expected a RetrofitConfig, such as "
+            "RetrofitConfig.from_dict() makes of a mapping"
         )
     target = model if inplace or not isinstance(model, nn.Module) else copy.deepcopy(model)
     surgery = Surgery(target, budget, example_input, config)

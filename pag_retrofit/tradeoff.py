@@ -20,7 +20,7 @@ from pag_retrofit.io import WEIGHTS_NAME
 from pag_retrofit.latency import time_networks
 from pag_retrofit.pictures import save_figure, tradeoff_chart
 from pag_retrofit.recipe import Recipe
-from pag_retrofit.resizing import resize_input
+from pag_retrofit.resizing import ResizedInput, resize_input
 from pag_retrofit.stages import environment, finetune, plan_stages
 
 NAMES = {
@@ -227,7 +227,7 @@ def with_times(
 
 def _load(point: Point, recipe: Recipe, images: Sequence[Tensor]) -> nn.Module:
     network = load_network(recipe.output / point.stage.partition("@")[0], recipe.model).eval()
-    if point.kind == "resizing":
+    if point.kind == "resizing" and not isinstance(network, ResizedInput):  # of earlier releases
         assert point.budget is not None
         return resize_input(network, point.budget, example_input=tuple(images[0].shape))
     if point.kind == "dial":

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -25,11 +30,13 @@ from pag_retrofit.annealing import Annealer
 from pag_retrofit.building import build_task, evaluation_data, save_weights, training_data
 from pag_retrofit.checkpoints import Checkpoints, Progress, write_json
 from pag_retrofit.data import StreamedImages
+from pag_retrofit.data.base import collate
 from pag_retrofit.errors import TrainingError
 from pag_retrofit.evaluation import Evaluation, evaluate_network
 from pag_retrofit.gates import state_of, turn_dials
 from pag_retrofit.io import save_file
 from pag_retrofit.losses import expected_fraction, sparsity_loss
+from pag_retrofit.processes import forget_precision
 from pag_retrofit.progress import StepDisplay
 from pag_retrofit.recipe import GatedSection, Recipe, Schedule
 from pag_retrofit.schedules import EpochSampler, one_cycle, parameter_groups
@@ -201,12 +208,16 @@ class Trainer:
             drop_last=True,
             num_workers=section.workers,
             generator=torch.Generator(),
+            # They keep what they have decoded; a stream's begin each epoch where that begins.
+            persistent_workers=section.workers > 0 and self.sampler is not None,
         )
         val = DataLoader(
             self.val_set,
             batch_size=section.eval_batch_size,
+            collate_fn=collate,
             num_workers=section.workers,
             generator=torch.Generator(),
+            persistent_workers=section.workers > 0,
         )
         self.train_loader, self.val_loader = self.accelerator.prepare(train, val)
         accumulation = self.recipe.runtime.gradient_accumulation
@@ -220,7 +231,7 @@ class Trainer:
         )
         # Wrapped, so that accelerate's mixed precision does not change the network's own forward.
         self.model, self.optimizer = self.accelerator.prepare(_Forward(self.network), optimizer)
-        self.accelerator.register_for_checkpointing(self.progress)
+        self.checkpoints.states["progress"] = self.progress
         self.annealer: Annealer | None = None
         if self.stage.is_gated:
             assert isinstance(schedule, GatedSection)
@@ -233,7 +244,7 @@ class Trainer:
                 temperature=annealing.temperature,
                 dial=(min(budgets), max(budgets)) if self.stage.kind == "dial" else None,
             )
-            self.accelerator.register_for_checkpointing(self.annealer)
+            self.checkpoints.states["annealer"] = self.annealer
 
     # Training --------------------------------------------------------------------------------
 
@@ -424,6 +435,7 @@ def _accelerator(recipe: Recipe, stage: Stage) -> Accelerator:
     runtime = recipe.runtime
     if runtime.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError("runtime.mixed_precision: fp16 needs a GPU; use bf16 or no")
+    forget_precision(runtime.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=runtime.mixed_precision,
         gradient_accumulation_steps=runtime.gradient_accumulation,
@@ -431,6 +443,8 @@ def _accelerator(recipe: Recipe, stage: Stage) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=str(stage.folder), logging_dir=str(stage.folder / "tracking")
         ),
+        # Encoders have layers that some decoders do not read.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if runtime.trackers:
         accelerator.init_trackers(recipe.name)

@@ -24,6 +24,7 @@ from pag_retrofit.data import (
     RGBDFolder,
     Stanford2D3D,
 )
+from pag_retrofit.data.base import collate
 from pag_retrofit.data.surfaces import normals_from_depth
 from pag_retrofit.errors import DataError
 
@@ -86,6 +87,13 @@ def test_labelled_folder(tmp_path: Path) -> None:
         LabelledFolder(tmp_path, classes=["no", "yes"])
     with pytest.raises(DataError, match="0 classes"):
         LabelledFolder(tmp_path, classes=[])
+
+
+def test_images_of_several_sizes_are_no_batch() -> None:
+    samples = [{"image": torch.zeros(3, height, 32)} for height in (32, 48)]
+    with pytest.raises(DataError, match=r"sizes, .*48, 32.*: set data.eval_batch_size=1"):
+        collate(samples)
+    assert collate(samples[:1] * 2)["image"].shape == (2, 3, 32, 32)
 
 
 def save_annotations(path: Path, masks: list[np.ndarray]) -> None:

@@ -163,6 +163,8 @@ def test_average_and_multipool_are_stages_of_one_recipe(recipe):
     assert results["average"]["final"]["fraction"] > 1.05
     assert results["average"]["steps"] == results["gated-1.00"]["steps"]
     assert results["gated-1.00"]["final"]["fraction"] < 1.05
+    with pytest.raises(CheckpointError, match="branches are averaged"):
+        evaluate_file(tiny.output / "average", tiny)
     loaded = from_pretrained(tiny.output / "gated-1.00")
     with measure(loaded) as measured:
         loaded(torch.rand(1, 3, 64, 64))
@@ -194,6 +196,9 @@ def test_a_smaller_input_may_be_the_best_though_no_size_meets_its_budget(recipe)
     result = finetune(given)["resizing-0.60"]
     assert result["final"]["fraction"] == pytest.approx(2 / 3)
     assert result["best"] is not None
+    again = evaluate_file(given.output / "resizing-0.60", given)
+    assert again.fraction == pytest.approx(2 / 3)
+    assert again.metrics["miou"] == pytest.approx(result["final"]["miou"], rel=1e-6)
     assert (given.output / "resizing-0.60" / "best.safetensors").is_file()
 
 
@@ -384,12 +389,50 @@ def test_only_the_last_checkpoint_is_kept_and_partial_ones_are_ignored(recipe):
     assert [path.name for path in folder.iterdir()] == ["epoch-00002-step-00000006"]
 
 
+def test_a_checkpoint_that_is_damaged_or_of_other_processes_is_refused(recipe):
+    tiny = recipe("runtime.checkpoint_every=1")
+    with each_batch(kill_at(3)), pytest.raises(Killed):
+        finetune(tiny)
+    (checkpoint,) = (tiny.output / "dense" / "checkpoints").iterdir()
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    assert {"states.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"} <= set(
+        files
+    )
+    assert not [name for name in files if name.startswith("custom")]  # those run code when read
+    for name in ("states.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"):
+        for content in (files[name][: len(files[name]) // 2], None):
+            if content is None:
+                (checkpoint / name).unlink()
+            else:
+                (checkpoint / name).write_bytes(content)
+            with pytest.raises(TrainingError, match=f"cannot go on from {checkpoint}"):
+                finetune(tiny)
+            (checkpoint / name).write_bytes(files[name])
+    states = json.loads(files["states.json"])
+    (checkpoint / "states.json").write_text(json.dumps({**states, "processes": 2}))
+    with pytest.raises(TrainingError, match="written by 2 processes, this run has 1"):
+        finetune(tiny)
+    (checkpoint / "states.json").write_bytes(files["states.json"])
+    assert finetune(tiny)["dense"]["complete"]
+
+
+def test_runs_of_one_process_may_differ_in_precision(recipe):
+    for precision in ("bf16", "no", "bf16"):
+        given = recipe("dense.epochs=1", f"runtime.mixed_precision={precision}", output=precision)
+        assert finetune(given)["dense"]["complete"]
+
+
 @pytest.mark.sweep
 def test_two_processes_train_and_score_one_network(recipe, tmp_path):
-    tiny = recipe("stages=[dense, gated]", "dense.epochs=1", "data.batch_size=1")
+    # A decoder that leaves the deepest layers of its encoder out: they have no gradient.
+    arguments = (
+        "{encoder_name: resnet18, encoder_depth: 3, decoder_channels: [16, 16, 8], classes: 6}"
+    )
+    settings = ["stages=[dense, gated]", "dense.epochs=1", "data.batch_size=1"]
+    settings += [f"model.arguments={arguments}"]
+    tiny = recipe(*settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["-m", "pag_retrofit", "finetune", str(tmp_path / "tiny.yaml")]
-    command += ["stages=[dense, gated]", "dense.epochs=1", "data.batch_size=1"]
+    command += ["-m", "pag_retrofit", "finetune", str(tmp_path / "tiny.yaml"), *settings]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+
+from pag_retrofit.errors import DataError
 
 Sample = dict[str, Tensor]
 """One item, channels first: `image` (3, H, W) float32 in [0, 1] and `label` (H, W) int64, and
@@ -47,3 +50,18 @@ class PixelDataset(Dataset[Sample]):
         if not -size <= position < size:
             raise IndexError(f"index {position} is out of range for a data set of {size} samples")
         return position % size
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """One batch of samples.
+
+    Raises:
+        DataError: Their images are of several sizes.
+    """
+    sizes = {tuple(sample["image"].shape[1:]) for sample in samples}
+    if len(sizes) > 1:
+        raise DataError(
+            f"images of one batch are of several sizes, {sorted(sizes)}: set data.eval_batch_size=1"
+        )
+    batch: Sample = default_collate(list(samples))
+    return batch

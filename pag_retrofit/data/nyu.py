@@ -26,9 +26,10 @@ NYU_CLASSES = (
 
 _FILE, _SPLITS, _CLASSES = "nyu_depth_v2_labeled.mat", "splits.mat", "classMapping40.mat"
 _SPLIT_KEYS = {"train": "trainNdxs", "val": "testNdxs"}
-# Of the colour camera, onto which the data set's depth is projected (its toolbox says so).
+# Of the colour camera, onto which the data set's depth is projected: from its toolbox, which counts
+# pixels from one.
 _INTRINSICS = torch.tensor(
-    [[518.85790117, 0.0, 325.58244941], [0.0, 519.46961112, 253.73616633], [0.0, 0.0, 1.0]],
+    [[518.85790117, 0.0, 324.58244941], [0.0, 519.46961112, 252.73616633], [0.0, 0.0, 1.0]],
     dtype=torch.float64,
 )
 
