@@ -155,7 +155,7 @@ def set_budget(gated: nn.Module, budget: float, mode: str = "average") -> None:
     if mode not in MODES:
         raise PagError(f"mode={mode!r}: expected one of {MODES}")
     state = state_of(gated)
-    if budget not in state.operating_points:
+    if not isinstance(budget, int | float) or budget not in state.operating_points:
         raise BudgetError(
             f"budget={budget!r}: calibrated budgets are {sorted(state.operating_points)}; run "
             "calibrate(gated, batches, budgets=...) for others"

@@ -388,5 +388,7 @@ def test_a_calibration_that_fails_leaves_the_network_as_it_was(gated: nn.Module)
 def test_set_budget_names_what_was_calibrated(gated: nn.Module) -> None:
     shuffle_gates(gated, 3.0)
     pag.calibrate(gated, [torch.randn(SHAPE)], (0.6, 0.8))
+    with pytest.raises(pag.BudgetError, match=r"budget=\[0.8\]: calibrated budgets are"):
+        pag.set_budget(gated, [0.8])  # type: ignore[arg-type]
     with pytest.raises(pag.BudgetError, match=r"\[0.6, 0.8\]"):
         pag.set_budget(gated, 0.7)
