@@ -57,7 +57,8 @@ class Annealer:
         """Start at rho = 1."""
         self.state = not_deployed(gated, "trained")
         self.gates = [gate for _, gate in named_gates(gated)]
-        if total_steps < 1 or not 0 < ramp <= 1 or min(temperature) <= 0:
+        numbers = all(isinstance(x, int | float) for x in (total_steps, ramp, *temperature))
+        if not numbers or total_steps < 1 or not 0 < ramp <= 1 or min(temperature) <= 0:
             raise PagError(
                 f"total_steps={total_steps!r}, ramp={ramp!r}, temperature={temperature!r}: "
                 "expected at least one step, a ramp in (0, 1] and temperatures above zero"

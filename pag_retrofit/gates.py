@@ -276,6 +276,11 @@ class GatedConv(GatedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C', h, w)."""
         full = super().forward(x)
+        if full.dim() != 4:
+            raise PagError(
+                f"{self.pag_gate.site} got an input of shape {tuple(x.shape)}: gated networks take "
+                "batches (B, C, H, W), also of one image"
+            )
         size = (full.shape[2], full.shape[3])
         cost = self.pag_gate.cost
         mask = self.pag_gate(x, size)

@@ -670,6 +670,16 @@ def test_an_example_that_the_network_refuses_takes_one_line(
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 
+def test_an_image_that_is_no_batch_is_named() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    config = pag.RetrofitConfig(min_share=0.0)
+    gated = pag.retrofit(plain, 1.0, example_input=(1, 3, 16, 16), config=config)
+    image = torch.randn(3, 16, 16)
+    with pytest.raises(pag.PagError, match=r"shape \(.*, 16, 16\): gated networks take batches"):
+        gated(image)
+    assert torch.equal(gated(image[None])[0], plain(image))
+
+
 def test_a_size_that_the_network_refuses_is_named() -> None:
     model = smp.FPN("resnet18", encoder_weights=None)
     with pytest.raises(pag.PagError, match=r"example_input.*\(1, 3, 65, 64\)"):

@@ -290,6 +290,7 @@ def test_annealer_takes_another_budget(gated: nn.Module) -> None:
     "arguments",
     [
         {"total_steps": 0},
+        {"total_steps": "a"},
         {"ramp": 0.0},
         {"ramp": 1.5},
         {"temperature": (1.0, 0.0)},
@@ -298,7 +299,7 @@ def test_annealer_takes_another_budget(gated: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_annealer_refuses(gated: nn.Module, arguments: dict[str, float]) -> None:
+def test_annealer_refuses(gated: nn.Module, arguments: dict[str, Any]) -> None:
     with pytest.raises(pag.PagError, match=next(iter(arguments))):
         pag.Annealer(gated, **{"total_steps": 10, **arguments})
 
