@@ -188,7 +188,7 @@ def _count_labels(prediction: Path, truth: Path, options: ScoreOptions) -> np.nd
 
 def _count_boundaries(prediction: Path, truth: Path, options: ScoreOptions) -> np.ndarray:
     strength, largest = _read_map(prediction)
-    if strength.min() < 0 or strength.max() > largest:
+    if not (strength.min() >= 0 and strength.max() <= largest):  # nor NaN
         raise PagError(
             f"it has values from {strength.min():g} to {strength.max():g}: expected strengths from "
             "0 to 1 in an npy file"

@@ -96,6 +96,13 @@ def test_errors_are_one_message_and_status_one(arguments, message, monkeypatch, 
     assert message in fail(monkeypatch, capsys, *arguments)
 
 
+@pytest.mark.parametrize("option", ["rounds", "threads"])
+def test_numbers_that_time_nothing_are_refused(option):
+    arguments = ["benchmark", "latency", "--model", "timm:resnet10t", "--input", "1x3x64x64"]
+    result = CliRunner().invoke(cli.app, [*arguments, f"--{option}", "0"])
+    assert result.exit_code == 2 and f"--{option}" in result.output
+
+
 def test_module_and_help():
     done = subprocess.run(
         [sys.executable, "-m", "pag_retrofit", "--help"], capture_output=True, text=True, cwd=ROOT

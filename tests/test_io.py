@@ -490,6 +490,9 @@ def test_saving_asks_for_a_gated_network(tmp_path: Path) -> None:
         pag.save_file(CustomNet(), tmp_path / "x.safetensors")
     with pytest.raises(pag.PagError, match="not a gated network"):
         pag.save_pretrained(CustomNet(), tmp_path / "new")
+    gated = trained(timm.create_model("test_resnet", num_classes=5))
+    with pytest.raises(pag.PagError, match="there is no folder .*nowhere"):
+        pag.save_file(gated, tmp_path / "nowhere" / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

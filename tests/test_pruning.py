@@ -48,6 +48,17 @@ def open_and_others(gated: nn.Module, budget: float) -> tuple[list[str], list[st
 
 
 @torch.no_grad()
+def test_the_mode_of_the_budget_stays() -> None:
+    gated = calibrated()
+    pag.set_budget(gated, 0.8, mode="per_image")
+    expected = gated(X)
+    assert pag.prune_gates(gated)
+    assert torch.equal(gated(X), expected)
+    pag.set_budget(gated, 0.8)
+    assert not torch.equal(gated(X), expected)
+
+
+@torch.no_grad()
 def test_open_gates_go_and_outputs_stay(tmp_path: Path) -> None:
     gated = calibrated()
     opened, others = open_and_others(gated, 0.8)

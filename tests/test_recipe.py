@@ -79,6 +79,8 @@ def test_all_problems_are_reported_at_once_with_key_line_and_hint(write):
         ("data.name=imagenet", "data.name: expected one of camvid, scenes"),
         ("data.rooot=x", "unknown key data.rooot"),
         ("data=3", "data"),
+        ("data.size=[4, 64]", "data.size.0: got 4"),
+        ("data.mean=[.nan, 0.5, 0.5]", "data.mean.0: got nan"),
         ("model.checkpoint=nowhere.safetensors", "there is no file nowhere.safetensors"),
         ("model.encoder_checkpoint=${NOT_SET}/x", "environment variable NOT_SET is not set"),
         ("runtime.mixed_precision=fp8", "'no', 'bf16' or 'fp16'"),

@@ -626,7 +626,8 @@ def test_a_budget_below_the_floor_is_refused_and_changes_nothing(inplace: bool) 
     shape = (1, 3, 32, 32)
     floor = pag.plan(model, 0.9, example_input=shape, config=EVERYTHING).floor
     below = floor - 0.001
-    assert pag.plan(model, below, example_input=shape, config=EVERYTHING).budget == below
+    found = pag.plan(model, below, example_input=shape, config=EVERYTHING)
+    assert found.budget == below and "cannot be met" in str(found.table().caption)
     with pytest.raises(pag.BudgetError, match=f"floor of {floor:.3f}.*at least") as caught:
         pag.retrofit(model, below, example_input=shape, config=EVERYTHING, inplace=inplace)
     assert "head.2" in str(caught.value) or "bypass" in str(caught.value)
@@ -668,6 +669,21 @@ def test_an_example_that_the_network_refuses_takes_one_line(
         pag.plan(shrinking, 0.9, example_input=(1, 3, 16, 16))
     assert "does not run on it" in str(error.value) and "\n" not in str(error.value)
     assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        (lambda: pag.RetrofitConfig(gate=None), "gate=None"),
+        (lambda: pag.RetrofitConfig(multipool=3), "multipool=3"),
+        (lambda: pag.RetrofitConfig(min_share="a"), "min_share='a'"),
+        (lambda: pag.GateConfig(initial_probability="a"), "initial_probability='a'"),
+        (lambda: pag.retrofit(CustomNet(), example_input=(1, 3, 32, 32), config={}), "config={}"),
+    ],
+)
+def test_configurations_of_a_wrong_type_are_named(wrong: Callable[[], Any], word: str) -> None:
+    with pytest.raises(pag.PagError, match=word):
+        wrong()
 
 
 def test_an_image_that_is_no_batch_is_named() -> None:

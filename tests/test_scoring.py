@@ -151,6 +151,7 @@ def test_bad_input_is_named(folders: tuple[Path, Path]) -> None:
         score("depth", predictions / "none", truth)
     for task, array, message in (
         ("boundaries", np.full(SIZE, 7), "strengths from 0 to 1"),
+        ("boundaries", np.full(SIZE, np.nan), "strengths from 0 to 1"),
         ("segmentation", np.full(SIZE, 1.5), "whole and below 256"),
         ("segmentation", np.full(SIZE, np.nan), "whole and below 256"),
         ("depth", np.full(SIZE, np.nan), "not finite"),
