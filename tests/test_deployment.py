@@ -330,6 +330,7 @@ class Options(nn.Module):
     def forward(
         self, x: Tensor, factor: float = 1.0, mask: Tensor | None = None, *, flip: bool = False
     ) -> Tensor:
+        factor = 0.5 if factor is True else factor  # not what 1 does, though they are equal
         y: Tensor = self.body(x.flip(-1) if flip else x) * factor
         return y if mask is None else y * mask
 
@@ -343,6 +344,7 @@ def test_any_arguments() -> None:
         ((x,), {}),
         ((x, 2.0), {}),
         ((x, 1), {"flip": True}),
+        ((x, 1), {"flip": False}),
         ((x, True), {"flip": False}),
         ((x, 1.0, None), {}),
         ((x, 3.0, mask), {"flip": True}),

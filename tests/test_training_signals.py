@@ -373,12 +373,13 @@ def test_calibrate_refuses(gated: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_a_calibration_that_fails_leaves_the_network_as_it_was(gated: nn.Module) -> None:
+@pytest.mark.parametrize("mode", ["average", "per_image"])
+def test_a_calibration_that_fails_leaves_the_network_as_it_was(gated: nn.Module, mode: str) -> None:
     shuffle_gates(gated, 3.0)
     gated.eval()
     x = torch.randn(SHAPE)
     pag.calibrate(gated, [x], (0.9,))
-    pag.set_budget(gated, 0.9, mode="per_image")
+    pag.set_budget(gated, 0.9, mode=mode)
     expected, state = gated(x), copy.deepcopy(gated.pag_state)
     wrong = torch.randn(SHAPE[0], SHAPE[1] + 1, *SHAPE[2:])
     with pytest.raises(RuntimeError):
