@@ -77,7 +77,9 @@ class Gate(nn.Module):
         self._override: MaskOverride | None = None
         self._rate: float | None = None
         self.last_probability: Tensor | None = None
+        """Of each pixel in the last forward of the network, if the gate took part in it."""
         self.last_input_size = (0, 0)
+        self.last_in_training = False
 
     @property
     def override(self) -> MaskOverride | None:
@@ -103,6 +105,18 @@ class Gate(nn.Module):
         """Change what is added to all logits in evaluation."""
         self.offset.fill_(offset)
         Gate.changes += 1
+
+    def certain(self, decision: Tensor, x: Tensor) -> Tensor:
+        """Note a decision that was not drawn, for the losses of a network trained around it."""
+        if torch.is_grad_enabled():
+            self.remember(decision.detach(), x)
+        return decision
+
+    def remember(self, probability: Tensor, x: Tensor) -> None:
+        """Note what losses ask for, given the input as a map."""
+        self.last_probability = probability
+        self.last_input_size = (x.shape[2], x.shape[3])
+        self.last_in_training = self.training
 
     def site_mask(self, decision: Tensor) -> Tensor:
         """Mask of the whole site, for `SiteCost`, given what `forward` returned."""
@@ -206,11 +220,10 @@ class PixelGate(Gate):
             kept = kept.clone()
         logits = self.logits(kept) + self.shift
         if self.override is not None:
-            return self.override.mask(logits)
+            return self.certain(self.override.mask(logits), x)
         if not self.training:
-            return self.decide(logits)
-        self.last_probability = self.probability(logits)
-        self.last_input_size = (x.shape[2], x.shape[3])
+            return self.certain(self.decide(logits), x)
+        self.remember(self.probability(logits), x)
         return self.sample(logits)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -546,6 +559,13 @@ def use_times(gated: nn.Module, times: NetworkTimes) -> None:
         raise PagError(f"times of other sites than those of the network: {different[:5]}")
     state = state_of(gated)
     state.times, state.floor = times, times.floor
+
+
+def forget_last_pass(gated: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    """Let no loss count what gates did in an earlier forward; a hook before that of the network."""
+    for module in gated.modules():
+        if isinstance(module, Gate) and module.last_probability is not None:
+            module.last_probability = None
 
 
 def turn_dials(gated: nn.Module, fraction: float) -> None:

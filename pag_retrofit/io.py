@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from pag_retrofit.errors import CheckpointError, PagError
 from pag_retrofit.gates import NetworkTimes, named_gates, state_of, use_times
 from pag_retrofit.resizing import ResizedInput, resize_input, restore_input
 from pag_retrofit.surgery import remove, retrofit
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -134,19 +137,12 @@ def _check_encoder(name: Any) -> None:
     import timm
 
     known = name is None or name in smp.encoders.get_encoder_names()
+    # Older names of networks that are timm's: `timm-regnetx_002` and the like.
+    known = known or smp.encoders.is_equivalent_to_timm_universal(str(name))
     if not known and not (str(name).startswith("tu-") and timm.is_model(str(name)[3:])):
         raise CheckpointError(
             f"encoder_name={name!r}: expected one of SMP's encoders, or tu- and a timm model"
         )
-
-
-def spec_of(model: nn.Module) -> ModelSpec | None:
-    """The specification noted on a network, or found from what timm or SMP noted on it.
-
-    What they note does not tell all arguments. A specification found that way counts only if the
-    network it builds looks the same: class, every module with its settings, every tensor's shape.
-    """
-    return _spec_and_settings(model)[0]
 
 
 Settings = dict[str, dict[str, Any]]
@@ -165,16 +161,37 @@ def _spec_and_settings(model: nn.Module) -> tuple[ModelSpec | None, Settings]:
     candidate = noted if isinstance(noted, ModelSpec) else _guess_spec(original)
     if candidate is None:
         return None, {}
+    rebuilt = _rebuilt(candidate)
+    if rebuilt is not None and _looks_like(rebuilt, original):
+        return candidate, _different_settings(original, rebuilt)
+    if candidate is noted:
+        return candidate, {}
+    logger.warning(
+        "%s %s was built with arguments that it does not tell: what is saved can be loaded with "
+        "model=, which takes the ungated network; ModelSpec(...).attach(network) notes them",
+        candidate.library,
+        candidate.name,
+    )
+    return None, {}
+
+
+def _rebuilt(spec: ModelSpec) -> nn.Module | None:
+    """The network of a specification, without memory if it can be built so; None if not at all."""
     try:
         with torch.device("meta"):
-            rebuilt = candidate.build()
+            return spec.build()
+    except CheckpointError:  # some look at values
+        pass
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return spec.build()
     except CheckpointError:
-        return (candidate if candidate is noted else None), {}
-    same = type(rebuilt) is type(original) and repr(rebuilt) == repr(original)
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (original, rebuilt)]
-    if not same or shapes[0] != shapes[1]:
-        return (candidate if candidate is noted else None), {}
-    return candidate, _different_settings(original, rebuilt)
+        return None
+
+
+def _looks_like(one: nn.Module, other: nn.Module) -> bool:
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (one, other)]
+    return type(one) is type(other) and repr(one) == repr(other) and shapes[0] == shapes[1]
 
 
 def _different_settings(original: nn.Module, rebuilt: nn.Module) -> Settings:
@@ -387,7 +404,7 @@ def _network(description: dict[str, Any], model: nn.Module | None, source: str) 
     else:
         raise CheckpointError(
             f"{source}: it holds a {description['class']} that is neither a timm nor an SMP "
-            "network; pass the ungated network as model="
+            "network, or one whose arguments were not known; pass the ungated network as model="
         )
     resized = description.get("resized_input")  # files of earlier releases lack it
     if resized is None:

@@ -15,7 +15,7 @@ KINDS = ("global", "layer")
 
 
 def expected_fraction(gated: nn.Module) -> Tensor:
-    """Compute fraction that the gates' probabilities of the last training forward expect.
+    """Compute fraction that the gates' probabilities of the last forward expect.
 
     Counts gates, selectors, bypasses and halos; a halo pixel is as probable as the most probable
     output pixel that needs it. Mean over the batch and, if `torch.distributed` is initialised,
@@ -30,12 +30,12 @@ def expected_fraction(gated: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def decided_fraction(gated: nn.Module) -> float:
-    """Fraction if every pixel of the last training forward did what is more probable.
+    """Fraction if every pixel of the last forward did what is more probable.
 
     So gates decide in evaluation. Counts like `expected_fraction`.
 
     Raises:
-        PagError: No forward pass in training mode came before.
+        PagError: The last forward pass was not one in training mode.
     """
     decided = {gate: gate.decided(p) for gate, p in _observed(gated)}
     return float(_average(_fraction(gated, decided)))
@@ -76,7 +76,7 @@ def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
             (the floor is 1 or above) both are zero.
 
     Raises:
-        PagError: The kind is unknown, or no forward pass in training mode came before.
+        PagError: The kind is unknown, or the last forward pass was not one in training mode.
     """
     if kind not in KINDS:
         raise PagError(f"kind={kind!r}: expected one of {KINDS}")
@@ -96,16 +96,16 @@ def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
 
 
 def _observed(gated: nn.Module) -> list[tuple[Gate, Tensor]]:
-    """Gates and selectors with their probabilities in the last training forward."""
+    """Gates and selectors with their probabilities in the last forward."""
     gates = [
         (gate, gate.last_probability)
         for _, gate in named_gates(gated)
         if gate.last_probability is not None
     ]
-    if not gates:
+    if not any(gate.last_in_training for gate, _ in gates):
         raise PagError(
-            "no gate has seen a forward pass in training mode: call gated.train() and run a "
-            "batch before asking for its sparsity loss"
+            "no gate took part in the last forward pass in training mode: call gated.train() and "
+            "run a batch before asking for its sparsity loss"
         )
     return gates
 

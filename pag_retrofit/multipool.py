@@ -74,14 +74,14 @@ class BranchSelector(Gate):
         """Map the site's input (B, C, H, W) to a one-hot float32 choice (B, K, h, w)."""
         logits = self._logits(subsample(x, self.cost.stride)) + self.offset * self.priced
         if self.forced_seed is not None:
-            return self._random_choice(logits, self.forced_seed)
+            return self.certain(self._random_choice(logits, self.forced_seed), x)
         if self.override is not None:
             mask = self.override.mask(logits)
-            return mask * self._only(self.spec.start) + (1 - mask) * self._only(self.spec.closed)
+            start, closed = self._only(self.spec.start), self._only(self.spec.closed)
+            return self.certain(mask * start + (1 - mask) * closed, x)
         if not self.training:
-            return one_hot_maximum(logits)
-        self.last_probability = torch.softmax(logits / self.temperature, 1)
-        self.last_input_size = (x.shape[2], x.shape[3])
+            return self.certain(one_hot_maximum(logits), x)
+        self.remember(torch.softmax(logits / self.temperature, 1), x)
         return sample_choice(logits, self.temperature)
 
     def site_mask(self, decision: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.errors import PagError
-from pag_retrofit.gates import GatedModule, RetrofitState, named_gates, not_deployed
+from pag_retrofit.gates import (
+    GatedModule,
+    RetrofitState,
+    forget_last_pass,
+    named_gates,
+    not_deployed,
+)
 from pag_retrofit.multipool import MultiPoolConv2d
 from pag_retrofit.planning import Surgery
 from pag_retrofit.policies import FixedGate, truncated
@@ -72,6 +78,7 @@ def retrofit(
         gateable_share=plan.gateable_share,
         floor=plan.floor,
     )
+    target.register_forward_pre_hook(forget_last_pass)
     return target
 
 
@@ -93,5 +100,8 @@ def remove(gated: nn.Module) -> nn.Module:
             if isinstance(module, kind):
                 parent, _, name = path.rpartition(".")
                 setattr(gated.get_submodule(parent), name, module.ungated())
+    for key, hook in list(gated._forward_pre_hooks.items()):
+        if hook is forget_last_pass:
+            del gated._forward_pre_hooks[key]
     del gated.pag_state
     return gated

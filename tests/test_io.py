@@ -170,6 +170,29 @@ def test_a_network_that_its_name_does_not_tell_is_not_rebuilt_wrongly(
     assert_same_network(loaded, gated)
 
 
+@pytest.mark.filterwarnings("ignore:`timm-` encoders:DeprecationWarning")
+@pytest.mark.parametrize("encoder", ["mit_b0", "timm-regnetx_002"])
+def test_encoders_that_look_at_values_or_have_older_names_come_back(
+    encoder: str, tmp_path: Path
+) -> None:
+    gated = trained(smp.Unet(encoder, encoder_weights=None, decoder_channels=(32, 16, 16, 8, 8)))
+    before = torch.random.get_rng_state()
+    pag.save_file(gated, tmp_path / "gated.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert_same_network(pag.load_file(tmp_path / "gated.safetensors"), gated)
+
+
+def test_saving_tells_that_arguments_are_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pag.save_file(trained(timm.create_model("test_resnet", act_layer="gelu")), tmp_path / "a")
+    assert "timm test_resnet was built with arguments that it does not tell" in caplog.text
+    assert "model=" in caplog.text
+    caplog.clear()
+    pag.save_file(trained(timm.create_model("test_resnet")), tmp_path / "b")
+    assert "arguments" not in caplog.text
+
+
 @WAYS
 def test_settings_that_a_name_does_not_tell_survive(
     way: Callable[..., nn.Module], tmp_path: Path

@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import Pair
 from networks import CustomNet, randomize
+from timm.models.resnet import BasicBlock
 from torch import nn
 
 import pag_retrofit as pag
@@ -162,6 +163,46 @@ def test_the_loss_is_of_the_mean_over_processes(
         slope = (0.7 - rate) / (0.7 * 0.3) * 0.6 * 0.4  # dKL/dq at the mean, times dq/dbias
         for _, gate in named_gates(gated):
             assert gate.bias.grad.item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_parts_in_evaluation_mode_count_with_what_they_decide(pair: Pair) -> None:
+    gated = pair.fresh().train()
+    gates = [gate for _, gate in named_gates(gated)]
+    for index, gate in enumerate(gates):
+        gate.bias.data.fill_(-20.0 if index % 2 else 20.0)
+        gate.train(index % 3 > 0)
+    with pag.measure(gated) as m:
+        gated(pair.x)
+    assert pag.expected_fraction(gated).item() == pytest.approx(m.fraction, abs=1e-5)
+    with pag.override_gates(gated, 0.3, pattern="random"), pag.measure(gated) as m:
+        gated(pair.x)
+    assert pag.expected_fraction(gated).item() == pytest.approx(m.fraction, abs=1e-5)
+
+
+class Skipping(nn.Module):
+    """Leaves a block out, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BasicBlock(8, 8) for _ in range(2))
+        self.skips = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)
+        return x if self.skips else self.blocks[1](x)
+
+
+def test_losses_do_not_count_what_an_earlier_forward_left() -> None:
+    gated = pag.retrofit(Skipping(), 0.5, example_input=(1, 8, 16, 16)).train()
+    first, second = (gate for _, gate in named_gates(gated))
+    for skips in (False, True):
+        gated.skips = skips
+        (gated(torch.randn(2, 8, 16, 16)).mean() + pag.sparsity_loss(gated)).backward()
+        assert first.last_probability is not None
+        assert (second.last_probability is None) == skips
+    with torch.no_grad():
+        gated(torch.randn(2, 8, 16, 16))
+    assert not pag.remove(gated)._forward_pre_hooks
 
 
 def test_losses_ask_for_a_training_forward(gated: nn.Module) -> None:
