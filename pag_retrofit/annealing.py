@@ -57,19 +57,22 @@ class Annealer:
         """Start at rho = 1."""
         self.state = not_deployed(gated, "trained")
         self.gates = [gate for _, gate in named_gates(gated)]
-        numbers = all(isinstance(x, int | float) for x in (total_steps, ramp, *temperature))
+        two = isinstance(temperature, tuple | list) and len(temperature) == 2
+        numbers = two and _are_numbers(total_steps, ramp, *temperature)
         if not numbers or total_steps < 1 or not 0 < ramp <= 1 or min(temperature) <= 0:
             raise PagError(
                 f"total_steps={total_steps!r}, ramp={ramp!r}, temperature={temperature!r}: "
-                "expected at least one step, a ramp in (0, 1] and temperatures above zero"
+                "expected at least one step, a ramp in (0, 1] and two temperatures above zero"
             )
         self.budget = self.state.budget if budget is None else budget
-        if not self.state.lowest_budget <= self.budget <= 1:
+        lowest = self.state.lowest_budget
+        if not (_are_numbers(self.budget) and lowest <= self.budget <= 1):
             raise PagError(
                 f"budget={budget!r}: expected a compute fraction from the floor "
                 f"{self.state.lowest_budget:.3f} to 1"
             )
-        if dial is not None and not self.state.lowest_budget <= dial[0] < dial[1] <= 1:
+        pair = isinstance(dial, tuple | list) and len(dial) == 2 and _are_numbers(*dial)
+        if dial is not None and not (pair and lowest <= dial[0] < dial[1] <= 1):
             raise PagError(
                 f"dial={dial!r}: expected (smallest, largest) budget, from the floor "
                 f"{self.state.lowest_budget:.3f} to 1"
@@ -137,3 +140,7 @@ class Annealer:
         turn_dials(self.gated, self.rho)
         for gate in self.gates:
             gate.temperature.fill_(self.tau)
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in values)

@@ -40,7 +40,7 @@ def calibrate(
     branch selector has it added to the logits of the branches that cost more than the cheapest.
     It is found by bisection on the measured fraction, which later gates' inputs depend on
     earlier masks for. Each budget becomes an operating point of the network, saved with it; the
-    last one asked for is set.
+    last one asked for is set, in the mode of `set_budget` that was.
 
     Args:
         gated: A gated network, trained; evaluated here in evaluation mode.
@@ -67,7 +67,7 @@ def calibrate(
                 f"budgets contains {budget!r}: expected fractions from the floor "
                 f"{state.lowest_budget:.3f} to 1"
             )
-    images = _images(batches)
+    images, mode = _images(batches), budget_mode(gated)
     if not images or not budgets:
         raise PagError("batches or budgets is empty: expected at least one of each")
     if any(gate.override is not None for _, gate in named_gates(gated)):
@@ -85,14 +85,15 @@ def calibrate(
         state.operating_points[budget] = offset
         state.open_rates[budget] = rates
         reached[budget] = fraction
-        if abs(fraction - budget) > TOLERANCE:
+        sure = budget == 1 and min(rates.values()) == 1  # gates cost something, too
+        if abs(fraction - budget) > TOLERANCE and not sure:
             logger.warning(
                 "calibrated to %.3f of the compute instead of %.3f: the gates do not tell enough "
                 "pixels apart; train them longer",
                 fraction,
                 budget,
             )
-    set_budget(gated, budgets[-1])
+    set_budget(gated, budgets[-1], mode)
     return reached
 
 
@@ -108,13 +109,17 @@ def _images(batches: Iterable[Tensor]) -> list[Tensor]:
         raise PagError(
             f"batches is a tensor of shape {tuple(batches.shape)}: expected a list of such batches"
         )
-    images = []
+    if not isinstance(batches, Iterable):
+        raise PagError(f"batches={batches!r}: expected a list of tensors (B, C, H, W)")
+    images: list[Tensor] = []
     for batch in batches:
         if not isinstance(batch, Tensor):
             raise PagError(
                 f"batches has a {type(batch).__name__} in it: expected tensors alone, such as "
                 "[image for image, label in loader]"
             )
+        if not torch.isfinite(batch).all():
+            raise PagError(f"batches[{len(images)}] holds values that are not finite")
         images.append(batch.detach())
     return images
 

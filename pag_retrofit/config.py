@@ -165,6 +165,8 @@ class RetrofitConfig:
         Raises:
             PagError: A key is unknown, a value is not valid, or the version is newer.
         """
+        if not isinstance(values, Mapping):
+            raise PagError(f"{values!r}: expected a mapping of fields to values")
         known = dict(values)
         version = known.pop("version", CONFIG_VERSION)
         if version != CONFIG_VERSION:

@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from pag_retrofit.errors import PagError
 from pag_retrofit.execution import Program
 from pag_retrofit.gates import RetrofitState, count_changes_together, named_gates
-from pag_retrofit.kernels import using, watched
+from pag_retrofit.kernels import can_record, using, watched
 from pag_retrofit.lowering import lower
 from pag_retrofit.mapped import MappedWeights
 from pag_retrofit.markers import export_marked
 
 BACKENDS = ("auto", "cpu", "reference")
 _MOST_PROGRAMS = 16
+_EXPORTING = threading.RLock()  # what torch.export patches belongs to the whole process
 _MOST_READY = 2  # of these hold the memory of their maps between passes
 
 
@@ -80,7 +81,7 @@ class DeployedNetwork(nn.Module):
         # for such an input, nothing else is looked at.
         last, shape = self._last, _shape_of_image(args, kwargs)
         if last is not None and shape == last.shape:
-            if not (torch.is_grad_enabled() or watched()):
+            if not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or watched()):
                 found = last.program.replay(args)
                 if found is not None:
                     return found[0]
@@ -88,6 +89,7 @@ class DeployedNetwork(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         last, shape = self._last, _shape_of_image(args, kwargs)
         if last is not None and shape == last.shape:
@@ -104,6 +106,7 @@ class DeployedNetwork(nn.Module):
         return pytree.tree_unflatten(results, out_spec)
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def profile(
         self, *tensors: Tensor, rounds: int = 1
     ) -> list[tuple[str, tuple[Any, ...], float]]:
@@ -115,10 +118,16 @@ class DeployedNetwork(nn.Module):
 
         Returns:
             Kind, what the call was made of (a convolution's `ConvolutionArguments`), and seconds.
+
+        Raises:
+            PagError: The network does not run on native kernels.
         """
         leaves, spec = pytree.tree_flatten((tensors, {}))
-        program, _ = self._program(self._key(leaves, spec), leaves, spec)
+        leaves = [_float32(leaf) for leaf in leaves]
         with using(self.backend):
+            if not can_record():
+                raise PagError("profile() times native kernels, and none run here: see deploy()")
+            program, _ = self._program(self._key(leaves, spec), leaves, spec)
             return program.time_calls(leaves, rounds)
 
     def _key(self, leaves: list[Any], spec: Any) -> tuple[Any, ...]:
@@ -133,9 +142,7 @@ class DeployedNetwork(nn.Module):
             if found is None:
                 args, kwargs = pytree.tree_unflatten(leaves, spec)
                 found = self._lower(args, kwargs)
-                for other, _ in self._programs.values():
-                    found[0].share_weights(other)
-                    break
+                found[0].share_weights(other for other, _ in self._programs.values())
                 self._programs[key] = found
                 self._weights.leave_memory()
                 while len(self._programs) > _MOST_PROGRAMS:
@@ -147,7 +154,8 @@ class DeployedNetwork(nn.Module):
 
     def _lower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Any]:
         try:
-            exported = export_marked(self.gated, args, kwargs)
+            with _EXPORTING:
+                exported = export_marked(self.gated, args, kwargs)
         except Exception as error:
             self._check_taken(args, kwargs)
             line = (str(error).splitlines() or [""])[0][:200]
@@ -182,6 +190,17 @@ class DeployedNetwork(nn.Module):
                 f"{after.device}: it takes inputs of other types, and converts them"
             )
         return self
+
+    def load_state_dict(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """Refuse other weights: they are packed.
+
+        Raises:
+            PagError: Always.
+        """
+        raise PagError(
+            "a deployed network cannot be given other weights: load them into the gated one, and "
+            "deploy that"
+        )
 
     def train(self, mode: bool = True) -> DeployedNetwork:
         """Refuse training.

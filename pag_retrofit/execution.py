@@ -14,7 +14,7 @@ import math
 import mmap
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -1035,7 +1035,11 @@ class _Recording:
         self._seen = (-1, -1)  # nothing: the first replay has to be prepared
         with kernels.record_on(self._tape):
             self._results = steps(self._inputs)
-        self._readings = {index: self._tape.pointers_into(self._inputs[index]) for index in seen}
+        self._readings = {
+            index: self._tape.pointers_into(self._inputs[index])
+            for index in seen
+            if not self._tape.reads_by_python(self._inputs[index])
+        }
         self._apart = {
             index: (ResultMemory(x.numel()), self._tape.pointers_into(x))
             for index, x in enumerate(self._results)
@@ -1115,7 +1119,6 @@ class Program:
         """Work out demands, what may happen in place, and the last use of every value."""
         self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
         self.constants = constants
-        kernels.lay_together(self.layers)
         self.demanded = demands_of(self.steps, outputs)
         kept = {output.name for output in outputs if isinstance(output, Value)}
         last: dict[str, int] = {}
@@ -1170,11 +1173,21 @@ class Program:
         """Let go of the memory that later passes would use; they record anew."""
         self._recorded.clear()
 
-    def share_weights(self, other: Program) -> None:
-        """Use the packed weights of a program of the same network where they are the same."""
-        for own, theirs in zip(self.layers, other.layers, strict=False):
-            if torch.equal(own.weights, theirs.weights):
-                own.weights = theirs.weights
+    def share_weights(self, others: Iterable[Program]) -> None:
+        """Use packed weights of programs of the same network; what they lack is laid together."""
+        known: dict[tuple[int, torch.Size], list[Tensor]] = {}
+        for other in others:
+            for index, layer in enumerate(other.layers):
+                known.setdefault((index, layer.weights.shape), []).append(layer.weights)
+        lacking = []
+        for index, own in enumerate(self.layers):
+            candidates = known.get((index, own.weights.shape), [])
+            same = next((w for w in candidates if torch.equal(own.weights, w)), None)
+            if same is None:
+                lacking.append(own)
+            else:
+                own.weights = same
+        kernels.lay_together(lacking)
 
     @property
     def layers(self) -> list[kernels.PerforatedConvolution]:

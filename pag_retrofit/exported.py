@@ -65,6 +65,12 @@ def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
 
 
+def is_float(node: Any) -> bool:
+    """Whether a node's value is a tensor of the type that kernels take."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype is torch.float32
+
+
 def spatial_size(node: Node, layout: str) -> tuple[int, int]:
     """Height and width of a value of a layout; (N, 1) for tokens, (1, 1) for a vector."""
     shape = shape_of(node)

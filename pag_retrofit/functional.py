@@ -217,6 +217,8 @@ def needed_inputs(
 @_marked
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     """Zero the closed pixels of `x`; its layout and the mask's agree, see `mask_as`."""
+    if not mask.requires_grad:  # what is not finite stays out, as where it is not computed
+        return torch.where(mask > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
     return x * mask.to(x.dtype)
 
 

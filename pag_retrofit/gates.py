@@ -233,7 +233,7 @@ class PixelGate(Gate):
     def decide(self, logits: Tensor) -> Tensor:
         """The mask of evaluation."""
         if self.rate is not None:
-            return largest(logits, round(self.rate * logits[0].numel()))
+            return largest(logits, round(self.rate * logits.shape[2] * logits.shape[3]))
         return (logits >= 0).float()
 
     def probability(self, logits: Tensor) -> Tensor:
@@ -323,6 +323,11 @@ class GatedSequenceEnd(GatedBranchEnd):
     def __iter__(self) -> Iterator[nn.Module | None]:
         """Go through the steps."""
         return (module for name, module in self._modules.items() if name != "pag_gate")
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """A step, or a plain sequence of some."""
+        steps: list[Any] = list(self)
+        return nn.Sequential(*steps[index]) if isinstance(index, slice) else steps[index]
 
 
 def gate_convolution(conv: nn.Conv2d, gate: PixelGate, bypass: Tensor | None) -> GatedConv:
@@ -479,6 +484,7 @@ class RetrofitState:
         example_shape: (B, C, H, W) of the input the plan was made for.
         total_macs: Of the original network on that input.
         gateable_share: Of `total_macs` inside sites.
+        gate_share: MACs of all gates over `total_macs`.
         floor: Smallest fraction the gated network can reach; above 1 where selectors of
             MultiPool have no identity to choose.
         rho: What the sparsity loss aims at now; moved by `Annealer`.
@@ -493,6 +499,7 @@ class RetrofitState:
     example_shape: tuple[int, ...]
     total_macs: int
     gateable_share: float
+    gate_share: float
     floor: float
     rho: float = 1.0
     operating_points: dict[float, float] = field(default_factory=dict)
@@ -603,5 +610,10 @@ def count_changes_together(gates: Iterable[Gate]) -> None:
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:
-    """Parameters of all gates and selectors, for a learning rate of their own."""
+    """Parameters of all gates and selectors, for a learning rate of their own.
+
+    Raises:
+        PagError: The network is not gated.
+    """
+    state_of(gated)
     return [parameter for _, gate in named_gates(gated) for parameter in gate.parameters()]

@@ -494,6 +494,9 @@ def _tensor_writer(tensors: dict[str, Tensor], notes: dict[str, str]) -> Callabl
 def _replace(writers: dict[Path, Callable[[Path], Any]]) -> None:
     """Write all files beside their places, then take the places: a failure leaves the old ones."""
     temporaries: dict[Path, Path] = {}
+    folders = [str(path) for path in writers if path.is_dir()]
+    if folders:
+        raise PagError(f"cannot write {folders[0]}: it is a folder; expected the name of a file")
     missing = sorted({str(path.parent) for path in writers if not path.parent.is_dir()})
     if missing:
         raise PagError(f"cannot write {list(map(str, writers))}: there is no folder {missing[0]}")

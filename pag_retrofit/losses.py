@@ -86,7 +86,7 @@ def sparsity_loss(gated: nn.Module, kind: str = "global") -> Tensor:
         return 0 * expected_fraction(gated)
     if kind == "global":
         return ((expected_fraction(gated) - state.rho) / span) ** 2
-    rate = (state.rho - state.floor) / span
+    rate = min((state.rho - state.floor) / (span + state.gate_share), 1.0)
     means = [
         _average(gate.opened(probability).mean())
         for gate, probability in _observed(gated)

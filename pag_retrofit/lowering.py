@@ -45,6 +45,7 @@ from pag_retrofit.execution import (
 from pag_retrofit.exported import (
     activation_of,
     base_name,
+    is_float,
     is_global_mean,
     is_pixelwise,
     is_whole_slice,
@@ -64,8 +65,8 @@ from pag_retrofit.ordering import put_off
 from pag_retrofit.policies import InputFreeGate, LayerGate
 from pag_retrofit.sharing import activate_early, pool_at_once, weigh_together
 
-_TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity",
-                          "dropout", "feature_dropout"})  # fmt: skip
+_TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
+_DROPOUTS = frozenset({"dropout", "feature_dropout"})
 _VIEWS_OF_MASKS = frozenset(
     {"permute", "transpose", "flatten", "view", "reshape", "to", "_to_copy"}
 )
@@ -219,7 +220,8 @@ class _Lowering:
     def _find_aliases(self) -> None:
         for node in self.graph.nodes:
             name = base_name(node)
-            if name in _TRANSPARENT or is_whole_slice(node):
+            off = name in _DROPOUTS and not node.args[2]
+            if name in _TRANSPARENT or off or is_whole_slice(node):
                 self.same[node] = node.args[0]
             elif name in ("to", "_to_copy") and keeps_type(node):
                 self.same[node] = node.args[0]
@@ -316,7 +318,7 @@ class _Lowering:
         weight = self.constant(node.args[1])
         bias = self.constant(node.args[2]) if len(node.args) > 2 else None
         shape = shape_of(node)
-        if not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
+        if not isinstance(weight, Tensor) or weight.dtype is not torch.float32 or len(shape) != 4:
             return False
         groups = int(values["groups"])
         strides, dilation = pair(values["stride"]), pair(values["dilation"])
@@ -409,6 +411,8 @@ class _Lowering:
             shape = shape_of(source)
             if len(shape) != 4 or shape_of(factor) != (shape[0], shape[1], 1, 1):
                 continue
+            if not (is_float(source) and is_float(factor)):
+                continue
             if factor in self.state.constants or not self._read_by_kernels(node, scaled=True):
                 continue
             self.make(source)
@@ -451,6 +455,8 @@ class _Lowering:
         operands = [self.real(x) if isinstance(x, fx.Node) else None for x in node.args[:2]]
         a, b = operands
         if a is None or b is None or a is b or shape_of(a) != shape_of(b):
+            return False
+        if not (is_float(a) and is_float(b)):
             return False
         candidates = [(n, g) for n in (a, b) if (g := self.group(n, node)) and _can_add(g)]
         if not candidates:
@@ -647,6 +653,8 @@ class _Lowering:
         low, high = shape_of(source)[2:], shape_of(node)[2:]
         factor = high[0] // max(low[0], 1)
         doubled = factor > 1 and factor & (factor - 1) == 0
+        given = [x for x in node.args[2:] if x is not None]  # torch places pixels by these
+        doubled &= all(x in (factor, [factor, factor]) for x in given)
         if doubled and high == (low[0] * factor, low[1] * factor) and self._read_by_kernels(node):
             self.make(source)
             self.state.virtual[node] = _Parts((Source(source.name, "BCHW", factor),))
@@ -655,7 +663,7 @@ class _Lowering:
 
     def _visit_cat(self, node: Node, dry: bool = False) -> bool:
         axis = node.args[1] if len(node.args) > 1 else 0
-        if len(shape_of(node)) != 4 or axis not in (1, -3):
+        if len(shape_of(node)) != 4 or axis not in (1, -3) or not all(map(is_float, node.args[0])):
             return False
         maps = [x for x in node.args[0] if shape_of(x)[1]]  # SMP has encoders that give no channels
         if not 1 <= len(maps) <= kernels.MAX_SOURCES:
@@ -680,7 +688,7 @@ class _Lowering:
     def _visit_stack(self, node: Node) -> bool:
         """Not made if what follows adds the maps up."""
         readers = self.readers.get(node, [])
-        if len(readers) != 1 or not self._adds_up(readers[0], node):
+        if len(readers) != 1 or not self._adds_up(readers[0], node) or not is_float(node):
             return False
         self.state.virtual[node] = _Parts(())
         return True
@@ -720,7 +728,7 @@ class _Lowering:
         """Every stride-th row or column, if a 1x1 convolution reads it."""
         source = self.real(node.args[0])
         given = [*node.args[1:]]
-        axis, start, _, step = given + [0, None, None, 1][len(given) :]
+        axis, start, end, step = given + [0, None, None, 1][len(given) :]
         shape = shape_of(source)
         if len(shape) != 4 or axis not in (2, 3):
             return False
@@ -732,7 +740,7 @@ class _Lowering:
                 self.make(source)
             kept = _Kept(Source(source.name, "BCHW"))
         offset, stride = list(kept.offset), list(kept.stride)
-        offset[axis - 2] += int(start or 0) * stride[axis - 2]
+        offset[axis - 2] += slice(start, end, step).indices(shape[axis])[0] * stride[axis - 2]
         stride[axis - 2] *= int(step or 1)
         self.state.virtual[node] = _Kept(
             kept.source, (offset[0], offset[1]), (stride[0], stride[1])
@@ -746,7 +754,7 @@ class _Lowering:
         given = [pair(x) if x else kernel for x in node.args[2:5]]  # no stride: the kernel's size
         stride, padding, dilation = given + [kernel, (0, 0), (1, 1)][len(given) :]
         shape = shape_of(node)
-        if len(shape) != 4 or node.meta["val"].dtype is not torch.float32:
+        if len(shape) != 4 or not is_float(node):
             return False
         source = self.real(node.args[0])
         self.make(source)
@@ -777,7 +785,7 @@ class _Lowering:
         """
         source = self.real(node.args[0])
         before, after = shape_of(source), shape_of(node)
-        if node.meta["val"].dtype is not torch.float32:
+        if not is_float(node):
             return False
         given = node.args[2 + len(options) :]
         factors = given if len(given) == 2 else given[0] if given else None
@@ -804,7 +812,7 @@ class _Lowering:
     def _visit_mean(self, node: Node) -> bool:
         if node in self.state.made:  # of a masked mean
             return True
-        if not is_global_mean(node) or node.meta["val"].dtype is not torch.float32:
+        if not is_global_mean(node) or not is_float(node):
             return False
         source = self.real(node.args[0])
         self.make(source)
@@ -834,7 +842,7 @@ class _Lowering:
         """And the view of the result with channels first, if nothing else reads that."""
         source, shape, readers = self.real(node.args[0]), shape_of(node), self.readers.get(node, [])
         layout, affine = {4: "BHWC", 3: "BNC"}.get(len(shape)), self._affine(node)
-        if layout is None or affine is None or len(node.args[1]) != 1:
+        if layout is None or affine is None or len(node.args[1]) != 1 or not is_float(node):
             return False
         rows = (shape[0], shape[1], shape[2] if layout == "BHWC" else 1, shape[-1])
         read_as, written_as, written = layout, layout, node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,9 +26,10 @@ from pag_retrofit.policies import GATES
 from pag_retrofit.pool_rewriting import PoolRewriter
 from pag_retrofit.pool_sites import find_pools
 from pag_retrofit.rewriting import GatedBlock
-from pag_retrofit.sites import Findings, Site, find_sites
+from pag_retrofit.sites import Findings, Site, find_sites, is_patched
 from pag_retrofit.tracing import (
     NetworkGraph,
+    Observation,
     UntraceableError,
     example_tensor,
     export_network,
@@ -244,13 +246,19 @@ class Surgery:
     ):
         """Find the sites of a network and rewrite their blocks beside it."""
         _check_model(model, budget)
+        if not isinstance(config, RetrofitConfig):
+            raise PagError(
+                f"config={config!r}: expected a RetrofitConfig, such as "
+                "RetrofitConfig.from_dict() makes of a mapping"
+            )
         self.model = model
         self.config = config
-        example = example_tensor(model, example_input)
+        self.example = example = example_tensor(model, example_input)
         network = export_network(model, example)
         self.modules = dict(model.named_modules())
         self.replacements: dict[str, nn.Module] = {}
         findings = self._rewrite(network)
+        self._tell_patterns_without_sites(findings)
         dense = tuple(
             DenseLayer(name, layer.kind, layer.macs, findings.reasons[name])
             for name, layer in findings.layers.items()
@@ -269,14 +277,53 @@ class Surgery:
             dense,
         )
 
+    def _tell_patterns_without_sites(self, findings: Findings) -> None:
+        names = {*self.modules, *(site.name for site in findings.sites)}
+        for pattern in (*self.config.include, *self.config.exclude):
+            if not fnmatch.filter(names, pattern):
+                logger.warning(
+                    "the pattern %r of include or exclude is the name of nothing in the network",
+                    pattern,
+                )
+
     def install(self) -> None:
         """Put the rewritten modules into the network, outer ones first.
 
         A rewritten block keeps children of its own: what lies inside it must be put into it.
         """
-        for path, module in sorted(self.replacements.items(), key=lambda item: len(item[0])):
+        paths = sorted(self.replacements, key=len)
+        self._put({path: self.replacements[path] for path in paths})
+        try:
+            self._check_that_gates_are_called()
+        except PagError:
+            self._put({path: self.modules[path] for path in paths})
+            raise
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for path, module in modules.items():
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, module)
+
+    def _check_that_gates_are_called(self) -> None:
+        """Run what was made.
+
+        Raises:
+            PagError: The network holds on to modules that were replaced.
+        """
+        observed = Observation(1)
+        observed.run(self.model, self.example)
+        forgotten = [
+            module.site
+            for path, module in self.model.named_modules()
+            if isinstance(module, Gate) and path not in observed.constants
+        ]
+        if forgotten:
+            raise PagError(
+                f"{len(forgotten)} gates are never called, such as that of {forgotten[0]}: the "
+                "network reaches what they are in by another way than its name, such as a Python "
+                "list; hold it in an nn.ModuleList, or leave it dense: "
+                f"RetrofitConfig(exclude={forgotten[:1]})"
+            )
 
     def _rewrite(self, network: NetworkGraph) -> Findings:
         """Find sites and build all replacements.
@@ -364,6 +411,8 @@ class Surgery:
         """Rewrite a block, tracing through as little of it as its sites allow."""
         if constants is None:
             raise UntraceableError("it is not called, or with other arguments each time")
+        if is_patched(self.modules[path]):
+            raise UntraceableError("its own forward was replaced, as some hooks do")
         inner = frozenset(
             other.removeprefix(f"{path}.")
             for other in self.replacements

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pag_retrofit.functional import sample_mask
 from pag_retrofit.gates import PixelGate
@@ -192,21 +193,23 @@ def truncated(sites: Sequence[Site], total_macs: int, budget: float) -> list[str
 
 @functools.lru_cache(maxsize=512)
 def _logistic_noise(site: str, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(site.encode()))
-    uniform = torch.rand(1, 1, height, width, generator=generator)
-    return torch.logit(uniform, eps=1e-6)
+    with unset_fake_temporarily():  # what is kept has to hold values
+        generator = torch.Generator().manual_seed(zlib.crc32(site.encode()))
+        uniform = torch.rand(1, 1, height, width, generator=generator)
+        return torch.logit(uniform, eps=1e-6)
 
 
 @functools.lru_cache(maxsize=512)
 def _grid_order(height: int, width: int) -> Tensor:
     """At which rate each pixel opens, in (0, 1), (1, 1, h, w)."""
-    order = torch.zeros(1, 1)
-    for _ in range(_GRID_DOUBLINGS):
-        rows = (
-            torch.cat((4 * order, 4 * order + 2), 1),
-            torch.cat((4 * order + 3, 4 * order + 1), 1),
-        )
-        order = torch.cat(rows)
-    side = len(order)
-    tiled = order.repeat(-(-height // side), -(-width // side))[:height, :width]
-    return (tiled[None, None] + 0.5) / side**2
+    with unset_fake_temporarily():  # what is kept has to hold values
+        order = torch.zeros(1, 1)
+        for _ in range(_GRID_DOUBLINGS):
+            rows = (
+                torch.cat((4 * order, 4 * order + 2), 1),
+                torch.cat((4 * order + 3, 4 * order + 1), 1),
+            )
+            order = torch.cat(rows)
+        side = len(order)
+        tiled = order.repeat(-(-height // side), -(-width // side))[:height, :width]
+        return (tiled[None, None] + 0.5) / side**2

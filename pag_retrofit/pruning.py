@@ -23,7 +23,8 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     Training often leaves the gates of whole stages open. Without them there is nothing to decide,
     list or bypass. Outputs change only where such a gate closes a pixel after all. Branch
     selectors stay, and so do all gates if all would go. Calibrate again afterwards: gates have
-    costs.
+    costs. Those that are left are new objects: who trains on makes the optimiser and the
+    `Annealer` anew.
 
     Args:
         gated: A gated network after `calibrate`. With several operating points a gate goes if it
@@ -36,7 +37,7 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     Raises:
         PagError: The network is not gated, or was not calibrated, or the share is not valid.
     """
-    if not 0 < least <= 1:
+    if not isinstance(least, int | float) or not 0 < least <= 1:
         raise PagError(f"least={least!r}: expected a share of the pixels in (0, 1]")
     state = state_of(gated)
     if not state.open_rates:

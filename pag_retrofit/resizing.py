@@ -66,7 +66,7 @@ def resize_input(
         PagError: The network sees smaller inputs already, or is gated; or the multiple is larger
             than the example.
     """
-    if not 0 < share <= 1:
+    if not isinstance(share, int | float) or not 0 < share <= 1:
         raise BudgetError(f"share={share!r}: expected a fraction of the pixels in (0, 1]")
     if isinstance(network, ResizedInput):
         raise PagError(f"{type(network).__name__} sees smaller inputs already: pass the original")

@@ -213,6 +213,8 @@ class BlockRewriter:
         return self._kind(node) in ACTIVATIONS
 
     def _call_gate(self, name: str, gate: Gate, entry: Node) -> Node:
+        while name in self.gates:  # a.b_c and a_b.c
+            name += "_"
         self.gates[name] = gate
         after = entry
         if entry.op == "placeholder":  # placeholders stay together at the top

@@ -226,6 +226,8 @@ def pool_at_once(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Step]:
 def _pooled(steps: list[Step], pool: MaxPool) -> list[Convolve]:
     """Convolutions that write what a pool alone reads, one after the other; or none."""
     writing = [step for step in steps if step.writes == pool.source]
+    if not writing:  # an input
+        return []
     convolutions = [step for step in writing if isinstance(step, Convolve)]
     first, readers = writing[0], [step for step in steps if pool.source in step.reads()]
     plain = isinstance(first, Allocate) and _is_free(first)

@@ -55,12 +55,7 @@ def retrofit(
         PagError: The network is gated already, or does not run on the example.
     """
     config = RetrofitConfig() if config is None else config
-    if not isinstance(config, RetrofitConfig):
-        raise PagError(
-            f"config={config!r}: expected a RetrofitConfig, such as "
-            "RetrofitConfig.from_dict() makes of a mapping"
-        )
-    target = model if inplace or not isinstance(model, nn.Module) else copy.deepcopy(model)
+    target = model if inplace or not isinstance(model, nn.Module) else _copy(model)
     surgery = Surgery(target, budget, example_input, config)
     plan = surgery.plan
     plan.check_budget()
@@ -76,10 +71,21 @@ def retrofit(
         example_shape=plan.input_shape,
         total_macs=plan.total_macs,
         gateable_share=plan.gateable_share,
+        gate_share=plan.gate_share,
         floor=plan.floor,
     )
     target.register_forward_pre_hook(forget_last_pass)
     return target
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise PagError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass "
+            "inplace=True to gate the network itself"
+        ) from error
 
 
 def remove(gated: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._symbolic_trace import _assert_is_none
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -127,7 +128,9 @@ class Observation:
             several names is under each of them, here and below.
         calls: Path of an `nn.Conv2d` -> how it is called.
         constants: Module path -> its arguments that do not depend on the input (None, flags,
-            rates, names), if every call has the same; None if they differ.
+            rates, names), if every call has the same; None if they differ. All modules that are
+            called have an entry.
+        maps: Paths of modules that take one tensor, the first argument, and give one, in all calls.
     """
 
     def __init__(self, images: int) -> None:
@@ -137,6 +140,7 @@ class Observation:
         self.layer_macs: dict[str, int] = {}
         self.calls: dict[str, ConvCall] = {}
         self.constants: dict[str, dict[str, Any] | None] = {}
+        self.maps: set[str] = set()
 
     def run(self, model: nn.Module, example: Tensor) -> None:
         """Run a copy of a network in evaluation mode.
@@ -160,17 +164,26 @@ class Observation:
                 ) from error
 
     def _run(self, model: nn.Module, example: Tensor) -> None:
-        for found in (self.layer_macs, self.calls, self.constants):
+        for found in (self.layer_macs, self.calls, self.constants, self.maps):
             found.clear()
-        for name, module in model.named_modules(remove_duplicate=False):
-            module.register_forward_pre_hook(self._note_arguments(name), with_kwargs=True)
-            if isinstance(module, LAYER_TYPES):
-                module.register_forward_hook(self._note_layer(name))
-        with warnings.catch_warnings(), torch.no_grad(), in_mode(model):
-            warnings.simplefilter("ignore")
-            with MacCounter() as counter:
-                model(example)
+        with contextlib.ExitStack() as hooks:  # the model may be the user's own: see `shadow`
+            for name, module in model.named_modules(remove_duplicate=False):
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no such hooks
+                for handle in self._watch(name, module):
+                    hooks.callback(handle.remove)
+            with warnings.catch_warnings(), torch.no_grad(), in_mode(model):
+                warnings.simplefilter("ignore")
+                with MacCounter() as counter:
+                    model(example)
         self.macs = counter.macs // self.images
+
+    def _watch(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """Register hooks; their handles."""
+        yield module.register_forward_pre_hook(self._note_arguments(name), with_kwargs=True)
+        yield module.register_forward_hook(self._note_tensors(name), with_kwargs=True)
+        if isinstance(module, LAYER_TYPES):
+            yield module.register_forward_hook(self._note_layer(name))
 
     def _note_layer(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -198,8 +211,21 @@ class Observation:
                 for key, value in bound.arguments.items()
                 if value is None or isinstance(value, bool | float | str)
             }
-            same = name not in self.constants or self.constants[name] == constants
-            self.constants[name] = constants if same else None
+            first = name not in self.constants
+            if first:
+                self.maps.add(name)
+            self.constants[name] = constants if first or self.constants[name] == constants else None
+
+        return hook
+
+    def _note_tensors(self, name: str) -> Callable[..., None]:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            one = len(given) == 1 and bool(args) and args[0] is given[0]
+            if not (one and isinstance(output, Tensor)):
+                self.maps.discard(name)
 
         return hook
 

@@ -88,7 +88,7 @@ def test_losses_push_towards_the_target(gated: nn.Module, kind: str, rho: float,
 def test_layer_loss_is_zero_only_at_its_target(gated: nn.Module) -> None:
     state = gated.pag_state
     state.rho = 0.7
-    rate = (state.rho - state.floor) / (1 - state.floor)
+    rate = (state.rho - state.floor) / (1 + state.gate_share - state.floor)
     losses = []
     for probability in (rate, rate + 0.1, rate - 0.1):
         set_probability(gated, probability)
@@ -159,7 +159,8 @@ def test_the_loss_is_of_the_mean_over_processes(
     assert pag.expected_fraction(gated).item() == pytest.approx(alone + 0.1, abs=1e-6)
     pag.sparsity_loss(gated, kind).backward()
     if kind == "layer":
-        rate = (0.5 - gated.pag_state.floor) / (1 - gated.pag_state.floor)
+        state = gated.pag_state
+        rate = (0.5 - state.floor) / (1 + state.gate_share - state.floor)
         slope = (0.7 - rate) / (0.7 * 0.3) * 0.6 * 0.4  # dKL/dq at the mean, times dq/dbias
         for _, gate in named_gates(gated):
             assert gate.bias.grad.item() == pytest.approx(slope, rel=1e-3)

@@ -141,6 +141,11 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def is_asked_for() -> bool:
+    """Whether the environment names a library or an instruction set."""
+    return bool(os.environ.get(LIBRARY_VARIABLE) or os.environ.get(INSTRUCTION_SET_VARIABLE))
+
+
 def instruction_set() -> str:
     """Name of the instruction set in use: one of `INSTRUCTION_SETS`.
 

@@ -94,6 +94,8 @@ def _best_backend() -> ModuleType:
     try:
         native.library()
     except PagError as error:
+        if native.is_asked_for():
+            raise
         warnings.warn(f"sparse execution uses plain torch, which is slower: {error}", stacklevel=2)
         return reference
     return native

@@ -40,6 +40,7 @@ class Tape:
         self._between: list[tuple[int, Callable[[], Any]]] = []
         self._first: list[Callable[[], Any]] = []
         self._read: dict[int, Tensor] = {}
+        self._copied: list[Tensor] = []
         self._calls: Any = None
         self._segments: list[tuple[int, int, Callable[[], Any] | None]] = []
 
@@ -61,9 +62,10 @@ class Tape:
         """Kind of each call, and what owns its memory."""
         return zip(self._kinds, self._kept, strict=True)
 
-    def then(self, function: Callable[[], Any]) -> None:
-        """Add a Python function, called between the calls before and after."""
+    def then(self, function: Callable[[], Any], *read: Tensor) -> None:
+        """Add a Python function, called between the calls before and after, and what it reads."""
         self._between.append((len(self._kinds), function))
+        self._copied += read
 
     def first(self, function: Callable[[], Any], *read: Tensor) -> None:
         """Add a function that `prepare` calls, and the tensors that it reads."""
@@ -117,6 +119,12 @@ class Tape:
                     found.append((offset + at, address - begin))
         return found
 
+    def reads_by_python(self, memory: Tensor) -> bool:
+        """Whether a function of `then` reads the memory of a tensor, which `aim` cannot move."""
+        begin = memory.data_ptr()
+        end = begin + memory.numel() * memory.element_size()
+        return any(begin <= tensor.data_ptr() < end for tensor in self._copied)
+
     def aim(self, pointers: Sequence[tuple[int, int]], address: int) -> None:
         """Let replays use other memory where `pointers_into` found some."""
         for at, inside in pointers:
@@ -168,7 +176,7 @@ def contiguous(x: Tensor) -> Tensor:
     copy = x.contiguous()
     tape = recording()
     if tape is not None:
-        tape.then(lambda: copy.copy_(x))
+        tape.then(lambda: copy.copy_(x), x)
     return copy
 
 
@@ -177,5 +185,5 @@ def is_open(mask: Tensor) -> Tensor:
     result = torch.ne(mask, 0)
     tape = recording()
     if tape is not None:
-        tape.then(lambda: result.copy_(torch.ne(mask, 0)))
+        tape.then(lambda: result.copy_(torch.ne(mask, 0)), mask)
     return result

@@ -550,7 +550,8 @@ PAG_INLINE void pool_window(const float* in, int64_t line, int64_t step, int row
       PAG_UNROLL
       for (int j = 0; j < COUNT; j++) {
         const Vector v = j < COUNT - 1 ? load(at + j * LANES) : load_up_to(at + j * LANES, rest);
-        best[j] = v <= best[j] ? best[j] : v;  // false for a NaN
+        best[j] = v > best[j] ? v : best[j];  // false for any NaN
+        best[j] = v == v ? best[j] : v;
       }
     }
   }
