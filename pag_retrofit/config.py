@@ -115,7 +115,9 @@ class RetrofitConfig:
             `"truncation"` drops the last sites of each stage for good, to come as close to the
             budget as it can. With these three outputs change at once.
         include: Shell-style patterns of site names; a site is gated if any matches.
-        exclude: Patterns of site names that stay dense.
+        exclude: Patterns of site names that stay dense. The convolutions of a branch that is
+            excluded may be sites of their own: `"layer1.0"` excludes the branch, `"layer1.0*"` all
+            of it.
         min_share: Sites below this fraction of the network's MACs stay dense: a gate there
             costs more time than it can save.
         gate: How gates start.
