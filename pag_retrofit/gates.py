@@ -610,10 +610,5 @@ def count_changes_together(gates: Iterable[Gate]) -> None:
 
 
 def gate_parameters(gated: nn.Module) -> list[nn.Parameter]:
-    """Parameters of all gates and selectors, for a learning rate of their own.
-
-    Raises:
-        PagError: The network is not gated.
-    """
-    state_of(gated)
+    """Parameters of all gates and selectors, if any, for a learning rate of their own."""
     return [parameter for _, gate in named_gates(gated) for parameter in gate.parameters()]
