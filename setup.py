@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -37,13 +38,21 @@ class BuildKernels(build_ext):
     def build_extension(self, extension: Extension) -> None:
         """Compile and link, with the flags of PAG_RETROFIT_CXXFLAGS (for sanitizers) at the end."""
         extra = os.environ.get("PAG_RETROFIT_CXXFLAGS", "").split()
-        objects, defines = [], []
-        for name, flags in INSTRUCTION_SETS.items():
-            define = f"-DPAG_INSTRUCTION_SET={name}"
-            try:
-                objects += self._compile(
-                    "instruction_set.cpp", name, [*BY_HAND, *flags, define, *extra]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler is a process: threads wait
+            running = {
+                name: pool.submit(
+                    self._compile,
+                    "instruction_set.cpp",
+                    name,
+                    [*BY_HAND, *flags, f"-DPAG_INSTRUCTION_SET={name}", *extra],
                 )
+                for name, flags in reversed(INSTRUCTION_SETS.items())  # the longest first
+            }
+        objects, defines = [], []
+        # Portable first: of functions that several objects hold, the linker takes the first.
+        for name in INSTRUCTION_SETS:
+            try:
+                objects += running[name].result()
             except CompileError:
                 if name != OPTIONAL:
                     raise
