@@ -170,7 +170,7 @@ def main() -> None:
         recipe = load_recipe(folders[0] / "dense" / "recipe.yaml", [f"output={folders[0]}"])
         collected = {**collect(folders, recipe, arguments.timed), "note": arguments.note}
         name = arguments.name or recipe.name
-        if arguments.add:
+        if arguments.add and name in results:
             collected = added_to(results[name], collected)
         results[name] = collected
         write_json(RESULTS, results)

@@ -86,8 +86,11 @@ def evaluate(
     for name, number in evaluation.to_dict().items():
         if isinstance(number, (int, float)):
             table.add_row(name, f"{number:.4g}")
-    for name, value in evaluation.metrics.get("iou", {}).items():
-        table.add_row(f"IoU {name}", "absent" if value is None else f"{value:.4g}")
+    for metric, by_class in evaluation.metrics.items():
+        if isinstance(by_class, dict):  # of one task among several, with its name before it
+            title = metric.replace("iou", "IoU").replace("_", " ")
+            for name, value in by_class.items():
+                table.add_row(f"{title} {name}", "absent" if value is None else f"{value:.4g}")
     _out.print(table)
 
 
@@ -135,7 +138,9 @@ def score(
     ignore: Annotated[int, typer.Option(help="segmentation: label that does not count")] = 255,
     depth_scale: Annotated[float, typer.Option(help="depth: png values of a metre")] = 1000.0,
     crop: Annotated[str, typer.Option(help="depth: eigen or garg")] = "",
-    workers: Annotated[int | None, typer.Option(help="processes; default one per core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes; default one per core")
+    ] = None,
 ) -> None:
     """Scores stored predictions of any method, matched by name; prints JSON."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn

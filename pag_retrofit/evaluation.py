@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pag_retrofit.building import (
 )
 from pag_retrofit.calibration import set_budget
 from pag_retrofit.data.base import collate
+from pag_retrofit.errors import DataError
 from pag_retrofit.gates import state_of
 from pag_retrofit.io import (
     CONFIG_NAME,
@@ -162,6 +164,9 @@ def evaluate_network(
         accelerator: collects the counts of all processes; images that were repeated to even out
             the last batch count once.
         channels_last: memory layout of the images.
+
+    Raises:
+        DataError: no image has a pixel that could be scored.
     """
     started = time.perf_counter()
     modes = {module: module.training for module in network.modules()}
@@ -189,10 +194,17 @@ def evaluate_network(
             module.training = training
     if counts is None:
         raise ValueError("batches is empty; there is nothing to evaluate")
+    metrics = task.metrics(counts)
+    unknown = [k for k, value in metrics.items() if isinstance(value, float) and math.isnan(value)]
+    if unknown and bool(counts.isfinite().all()):  # else the network's output is not
+        raise DataError(
+            f"{', '.join(unknown)} cannot be told: none of the {images} images has a pixel with a "
+            "reading; look at the targets that the data section of the recipe names"
+        )
     fraction, time_fraction, open_rates = shares.means()
     before = float(getattr(network, "pag_compute_fraction", 1.0))  # such as of a smaller input
     return Evaluation(
-        metrics=task.metrics(counts),
+        metrics=metrics,
         images=images,
         seconds=time.perf_counter() - started,
         fraction=before * fraction,

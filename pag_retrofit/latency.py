@@ -153,13 +153,18 @@ def compare_latency(
         seconds: Time for all rounds together, of which there are three at least.
 
     Raises:
-        PagError: A runtime is unknown, or an argument does not fit the network.
+        PagError: A runtime is unknown, none runs here, or an argument does not fit the network.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         original = remove(copy.deepcopy(gated)).eval()
         dense, left_out = _dense_runs(original, x, runtimes, threads)
+        if not dense:
+            raise PagError(
+                f"runtimes={list(runtimes)}: expected at least one that runs here, to compare "
+                f"with; left out: {left_out or 'none'}"
+            )
         facts = {name: (True, 1.0) for name in dense}
         errors = {name: _difference(run(), original(x)) for name, run in dense.items()}
         wrong = {name: error for name, error in errors.items() if error > _TOLERANCE}
@@ -323,10 +328,11 @@ def _compiled(model: nn.Module, x: Tensor, threads: int) -> Run:
     """Inductor with frozen weights: batch norms folded, weights packed."""
     from torch._inductor import config
 
-    config.freezing = True
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(model))
     image = x.contiguous(memory_format=torch.channels_last)
+    with config.patch(freezing=True):  # what is compiled later keeps following its weights
+        compiled(image)
     return functools.partial(compiled, image)
 
 

@@ -129,10 +129,10 @@ def map_panel(
     if kind not in _MAP_CHANNELS:
         raise PagError(f"kind={kind!r}: expected one of {tuple(_MAP_CHANNELS)}")
     expected = (len(image), _MAP_CHANNELS[kind], *image.shape[2:])
-    for name, part in (("target", target), ("prediction", prediction)):
-        if tuple(part.shape) != expected:
-            raise PagError(f"{name} has shape {tuple(part.shape)}: expected {expected}")
-    drawn = [_drawn(kind, t, p) for t, p in zip(target.cpu(), prediction.cpu(), strict=True)]
+    _check_shapes(image, {"target": target, "prediction": prediction}, expected)
+    _check_shapes(image, {"compute_map": compute_map}, (len(image), *image.shape[2:]))
+    maps = zip(target.detach().cpu(), prediction.detach().cpu(), strict=True)
+    drawn = [_drawn(kind, *pair) for pair in maps]
     columns = ([_picture(picture) for picture in image], *map(list, zip(*drawn, strict=True)))
     names = ("image", "target", "prediction", _COLUMNS[-1])
     return _panel(columns, compute_map, names, title, [])
@@ -434,20 +434,24 @@ def _axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
 def _check_panel(
     image: Tensor, maps: tuple[Tensor, ...], palette: np.ndarray, classes: Sequence[str]
 ) -> None:
-    if image.dim() != 4 or image.shape[1] != 3 or not len(image):
-        raise PagError(f"image has shape {tuple(image.shape)}: expected (B, 3, H, W)")
-    expected = (image.shape[0], *image.shape[2:])
-    for name, part in zip(("label", "prediction", "compute_map"), maps, strict=True):
-        if tuple(part.shape) != expected:
-            raise PagError(
-                f"{name} has shape {tuple(part.shape)}: expected {expected}, as image is "
-                f"{tuple(image.shape)}"
-            )
+    named = dict(zip(("label", "prediction", "compute_map"), maps, strict=True))
+    _check_shapes(image, named, (image.shape[0], *image.shape[2:]))
     if palette.shape != (len(classes), 3):
         raise PagError(
             f"palette has shape {palette.shape}: expected ({len(classes)}, 3), a colour for each "
             f"of {list(classes)}"
         )
+
+
+def _check_shapes(image: Tensor, maps: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
+    if image.dim() != 4 or image.shape[1] != 3 or not len(image):
+        raise PagError(f"image has shape {tuple(image.shape)}: expected (B, 3, H, W)")
+    for name, part in maps.items():
+        if tuple(part.shape) != expected:
+            raise PagError(
+                f"{name} has shape {tuple(part.shape)}: expected {expected}, as image is "
+                f"{tuple(image.shape)}"
+            )
 
 
 def _is_void(label: Tensor, classes: int) -> Tensor:

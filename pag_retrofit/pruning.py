@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from pag_retrofit.calibration import budget_mode, set_budget
@@ -14,6 +16,7 @@ from pag_retrofit.gates import (
     state_of,
     use_times,
 )
+from pag_retrofit.planning import plan
 from pag_retrofit.surgery import remove, retrofit
 
 
@@ -22,7 +25,8 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
 
     Training often leaves the gates of whole stages open. Without them there is nothing to decide,
     list or bypass. Outputs change only where such a gate closes a pixel after all. Branch
-    selectors stay, and so do all gates if all would go. Calibrate again afterwards: gates have
+    selectors stay, and so do all gates if all would go, and those without which the network could
+    not be brought down to an operating point. Calibrate again afterwards: gates have
     costs. Those that are left are new objects: who trains on makes the optimiser and the
     `Annealer` anew.
 
@@ -46,12 +50,15 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     pruned = {site for site, gate in gates.items() if _is_open(site, gate, state, least)}
     if not pruned or pruned == set(gates):
         return ()
+    pruned -= _needed(gated, state, pruned)
+    if not pruned:
+        return ()
     kept = [site for site in gates if site not in pruned]
     values, mode = gated.state_dict(), budget_mode(gated)
     remove(gated)
     retrofit(
         gated,
-        1.0,  # a floor above the budget would have shown in calibration
+        1.0,
         example_input=state.example_shape,
         config=state.config.only(kept),
         inplace=True,
@@ -68,6 +75,29 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
 def _is_open(site: str, gate: nn.Module, state: RetrofitState, least: float) -> bool:
     rates = [of[site] for of in state.open_rates.values()]
     return isinstance(gate, PixelGate) and min(rates) >= least
+
+
+def _needed(gated: nn.Module, state: RetrofitState, pruned: set[str]) -> set[str]:
+    """Which of these sites need gates, lest the floor rises above a budget: what saves most."""
+    if state.times is not None:
+        opened = state.times.opened
+        savings = {site: of.saved for site, of in state.times.sites.items()}
+    else:
+        opened, plain = 1.0, remove(copy.deepcopy(gated))
+        found = plan(plain, example_input=state.example_shape, config=state.config)
+        savings = {
+            site.name: (site.macs - site.floor_macs) / found.total_macs
+            for site in found.sites
+            if not site.inside
+        }
+    floor = opened - sum(saved for site, saved in savings.items() if site not in pruned)
+    needed: set[str] = set()
+    for site in sorted(pruned, key=lambda name: -savings[name]):
+        if floor <= min(state.open_rates):
+            break
+        needed.add(site)
+        floor -= savings[site]
+    return needed
 
 
 def _hand_over(state: RetrofitState, gated: nn.Module, mode: str) -> None:

@@ -563,22 +563,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        written = list(_keys(node, ()))  # constructing adds what `<<` merges, which is not twice
         values = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        json.dumps(values, default=str)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not valid YAML with text for keys: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of keys to values, got {values!r}")
-    places: dict[KeyPath, str] = {}
+    first: dict[KeyPath, int] = {}
     duplicates = []
-    for key, line in _keys(node, ()) if node is not None else ():
-        if key in places:
-            duplicates.append(f"line {line}: {'.'.join(key)} is given twice ({places[key]} too)")
-        places[key] = f"line {line}"
+    for key, line in written:
+        if key in first:
+            duplicates.append(
+                f"line {line}: {'.'.join(key)} is given twice (line {first[key]} too)"
+            )
+        first[key] = line
+    places = {key: f"line {line}" for key, line in _keys(node, ())}
     places[()] = "\n".join(duplicates)
     return values, places
 
 
-def _keys(node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+def _keys(node: yaml.Node | None, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     if isinstance(node, yaml.MappingNode):
         children = [(str(key.value), key.start_mark.line, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from pag_retrofit.errors import BudgetError, PagError
 from pag_retrofit.tracing import MacCounter, example_tensor, in_mode
 
+logger = logging.getLogger(__name__)
+
+_FAR_OFF = 0.1
+"""Of the share of the pixels: then the size's multiple is too coarse, which is told."""
 _DISTORTION = 0.5  # how much a change of proportions counts, next to a change of area
 
 
@@ -49,7 +54,8 @@ def resize_input(
     Both by bilinear interpolation. Weights keep their names; the network's class becomes one
     derived from it. Its attribute `pag_compute_fraction` holds the MACs on the smaller input over
     those on the example. `retrofit` may gate the result: its budget counts from what is left, so
-    that the fraction of the whole is the product of both. Saved with the gates, and deployed.
+    that the fraction of the whole is the product of both. Saved with the gates, and deployed. A
+    share that multiples come nowhere near is logged as a warning.
 
     Args:
         network: It takes an image (B, C, H, W) and gives a map (B, C, h, w), or scores (B, C)
@@ -85,6 +91,15 @@ def resize_input(
     except Exception:
         restore_input(network)
         raise
+    size = (example.shape[2], example.shape[3])
+    smaller = smaller_size(size, share, multiple)
+    seen = math.prod(smaller) / math.prod(size)
+    if abs(seen - share) > _FAR_OFF:
+        logger.warning(
+            "of %dx%d pixels the network sees %dx%d, %.2f of them instead of %.2f: sizes are "
+            "multiples of %d; take larger images, or a smaller multiple if the network allows it",
+            *(*size, *smaller, seen, share, multiple),
+        )
     return network
 
 

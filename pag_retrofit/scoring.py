@@ -80,7 +80,7 @@ def score(
 ) -> dict[str, Any]:
     """Score a folder of predictions against a folder of ground truth.
 
-    Files are png (8 or 16 bits) or npy and have the same name but for the ending:
+    Files are png (8 or 16 bits, of normals 8) or npy and have the same name but for the ending:
 
     - segmentation: class numbers. What a prediction leaves void is a miss of the class there.
     - boundaries: strengths from 0 to 1, of a png its values over the largest it can hold; ground
@@ -115,6 +115,8 @@ def score(
     for done, counts in enumerate(_map(count, pairs, workers), 1):
         total = total + counts
         progress(done, len(pairs))
+    if task == "segmentation" and not total.any():
+        raise PagError(f"{ground_truth} has no label but {options.ignore}, which does not count")
     scores = _metrics(task, total, options)
     if any(isinstance(value, float) and not math.isfinite(value) for value in scores.values()):
         raise PagError(
@@ -142,7 +144,11 @@ def _pairs(predictions: Path, ground_truth: Path) -> list[tuple[Path, Path]]:
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     if not folder.is_dir():
         raise PagError(f"there is no folder {folder}")
-    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes]
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    ]
     found = {path.stem: path for path in paths}
     if not found or len(found) < len(paths):
         problem = "two files of one name" if found else "no files"
@@ -193,7 +199,7 @@ def _count_boundaries(prediction: Path, truth: Path, options: ScoreOptions) -> n
             f"it has values from {strength.min():g} to {strength.max():g}: expected strengths from "
             "0 to 1 in an npy file"
         )
-    if truth.suffix == ".mat":
+    if truth.suffix.lower() == ".mat":
         annotations = read_annotations(truth)
     else:
         annotations = [_read_map(truth)[0] > 0]
@@ -253,17 +259,21 @@ def _metrics(task: str, counts: np.ndarray, options: ScoreOptions) -> dict[str, 
 
 def _read(path: Path) -> tuple[np.ndarray, float]:
     """Values as float64, and the largest that an image file can hold; 1 for an array."""
+    is_array = path.suffix.lower() == ".npy"
     try:
-        if path.suffix == ".npy":
+        if is_array:
             values = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as file:
+                stored = str(file.tile[0][3]) if file.tile else ""
                 values = np.array(file)
+            if values.ndim > 2 and "16" in stored:  # Pillow leaves half of the bits out
+                raise ValueError("colours of 16 bits; expected 8 bits a channel, or an npy file")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise PagError(f"cannot read {path}: {error}") from error
     if values.size == 0 or values.dtype.kind not in "buif":
         raise PagError(f"{path} has shape {values.shape} and type {values.dtype}: expected numbers")
-    if path.suffix == ".npy" or values.dtype.kind in "bf":
+    if is_array or values.dtype.kind in "bf":
         return values.astype(np.float64), 1.0
     if values.dtype == np.int32:  # what older Pillow makes of 16 bits
         return values.astype(np.float64), 65535.0

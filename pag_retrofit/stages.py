@@ -117,7 +117,10 @@ def _run_stage(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         if metrics["complete"]:
             logger.info("%s: complete, skipped (%s)", stage.name, stage.folder)
             return metrics
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output={str(recipe.output)!r}: no folder: {error}") from error
     with locked(stage.folder) if process_state().is_main_process else nullcontext():
         return _train_stage(stage, recipe)
 

@@ -132,7 +132,9 @@ def charts(points: Sequence[Point], metric: str, title: str) -> dict[str, Figure
     }
     dense = [p.milliseconds for p in points if p.kind == "dense" and p.milliseconds]
     if dense:
-        times = [(p, p.milliseconds / dense[0]) for p in points if p.milliseconds]
+        timed = {(p.kind, p.stage): p.milliseconds for p in points if p.milliseconds}
+        places = [(p, timed.get((p.kind, p.stage))) for p in points]  # of one seed, for all
+        times = [(p, place / dense[0]) for p, place in places if place]
         figures["latency"] = tradeoff_chart(
             _series(times),
             lines,

@@ -66,6 +66,20 @@ def test_the_scenes_recipe_runs_and_its_results_can_be_evaluated(tmp_path, monke
     assert "CheckpointError" in fail(monkeypatch, capsys, *missing)
 
 
+def test_outputs_that_are_no_folder(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    recipe = str(ROOT / "recipes" / "scenes_quick.yaml")
+    message = fail(monkeypatch, capsys, "finetune", recipe, *TINY, f"output={file}")
+    assert "RecipeError" in message and "no folder" in message
+
+
+def test_scores_by_no_process_are_refused(tmp_path):
+    arguments = ["score", "depth", str(tmp_path), str(tmp_path), "--workers", "-1"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2 and "--workers" in result.output
+
+
 def test_plan():
     network = ["--model", "smp:Unet", "--argument", "encoder_name=resnet18"]
     shape = ["--input", "1x3x64x64"]

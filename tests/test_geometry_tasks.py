@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch.utils.data import default_collate
+from typer.testing import CliRunner
 
+from pag_retrofit.cli import app
 from pag_retrofit.data import EvaluationDataset, PadToMultiple, Scenes
 from pag_retrofit.errors import RecipeError, TrainingError
 from pag_retrofit.recipe import load_recipe
@@ -167,6 +169,9 @@ def test_a_recipe_of_several_tasks(tmp_path):
     results = finetune(multitask_recipe(tmp_path))["gated-0.80"]
     assert results["metric"] == "segmentation_miou"
     assert {"segmentation_miou", "depth_abs_rel", "normals_mean"} <= set(results["final"])
+    trained, recipe = tmp_path / "out/gated-0.80", tmp_path / "several.yaml"
+    shown = CliRunner().invoke(app, ["evaluate", str(trained), str(recipe)])
+    assert "segmentation IoU sphere" in shown.output and "normals_mean" in shown.output
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import pag_retrofit as pag
+from pag_retrofit import latency
 from pag_retrofit.cli import app
 from pag_retrofit.latency import Comparison, Latency, compare_latency
 
@@ -76,6 +77,24 @@ def test_what_is_not_installed_is_left_out_and_said(
     assert "openvino is not installed" in compared.left_out["openvino"]
     with pytest.raises(pag.PagError, match="tensorrt"):
         compare_latency(gated, x, runtimes=("tensorrt",))
+    with pytest.raises(pag.PagError, match=r"runtimes=\['openvino'\].*not installed"):
+        compare_latency(gated, x, runtimes=("openvino",), backend="auto")
+
+
+def test_only_the_timed_network_is_compiled_with_frozen_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import config
+
+    frozen = []
+
+    def compiled(model: nn.Module) -> Any:
+        return lambda x: frozen.append(config.freezing)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    latency._compiled(nn.Identity(), torch.randn(1, 3, 4, 4), 1)
+    assert frozen == [True]
+    assert not config.freezing
 
 
 def run(*arguments: str) -> Any:

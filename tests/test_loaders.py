@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from pag_retrofit.data import (
     BSDS500,
@@ -114,9 +114,15 @@ def test_bsds(tmp_path: Path) -> None:
     for k, mask in enumerate(masks):
         assert np.array_equal((sample["annotators"][0].numpy() >> k) & 1, mask)
         assert np.array_equal(data.annotations(0)[k], mask)
-    (tmp_path / "data/groundTruth/val/12.mat").write_bytes(b"no matlab")
-    with pytest.raises(DataError, match="cannot read .*12.mat"):
-        BSDS500(tmp_path, "val")[0]
+    path = tmp_path / "data/groundTruth/val/12.mat"
+    cells = loadmat(path)["groundTruth"]
+    savemat(path, {"groundTruth": cells}, do_compression=True)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    for content in (b"no matlab", bytes(damaged)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot read .*12.mat"):
+            BSDS500(tmp_path, "val")[0]
     with pytest.raises(DataError, match="unknown split"):
         BSDS500(tmp_path, "all")
 
@@ -142,12 +148,23 @@ def test_rgbd(tmp_path: Path) -> None:
     assert known[8:].all() and not known[:5].any()
     facing = torch.tensor([0.0, 0.0, -1.0]).expand(int(known.sum()), 3)
     torch.testing.assert_close(sample["normals"][:, known].T, facing, atol=1e-3, rtol=0)
-    (tmp_path / "val.txt").write_text("01 07\n")
+    (tmp_path / "val.txt").write_text("01\n07\n")
     with pytest.raises(DataError, match="names 07"):
         RGBDFolder(tmp_path, "val")
-    (tmp_path / "K.txt").write_text("1 2 3")
-    with pytest.raises(DataError, match="3x3 intrinsics"):
-        RGBDFolder(tmp_path)
+    (tmp_path / "val.txt").write_text("\ufeff01\r\n\r\n", encoding="utf-8")
+    assert len(RGBDFolder(tmp_path, "val")) == 1
+    for wrong in ("1 2 3", "50 0 0 0 50 0 19.5 14.5 1", "50 0 nan 0 50 14.5 0 0 1"):
+        (tmp_path / "K.txt").write_text(wrong)
+        with pytest.raises(DataError, match="3x3 intrinsics"):
+            RGBDFolder(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_depth_has_16_bits(tmp_path: Path, mode: str) -> None:
+    data = rgbd(tmp_path)
+    Image.new(mode, (40, 30), 7).save(tmp_path / "depth/01.png")
+    with pytest.raises(DataError, match=f"mode {mode}; expected depth in one channel of 16 bits"):
+        data[0]
 
 
 def nyu(root: Path) -> None:
@@ -186,6 +203,26 @@ def test_nyu(tmp_path: Path) -> None:
     savemat(tmp_path / "splits.mat", {"trainNdxs": [[4]], "testNdxs": [[2]]})
     with pytest.raises(DataError, match="beyond the 3"):
         NYUv2(tmp_path, targets=("depth",))
+    (tmp_path / "splits.mat").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot read trainNdxs"):
+        NYUv2(tmp_path, targets=("depth",))
+
+
+def test_nyu_without_depth(tmp_path: Path) -> None:
+    nyu(tmp_path)
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "a") as file:
+        del file["rawDepths"]
+    assert "label" in NYUv2(tmp_path, targets=("segmentation",))[0]
+    with pytest.raises(DataError, match="has no rawDepths"):
+        NYUv2(tmp_path, targets=("depth",))[0]
+
+
+@pytest.mark.parametrize("targets", ["depth", ("depths",)])
+def test_targets_that_are_none(tmp_path: Path, targets: Any) -> None:
+    for kind in (NYUv2, Stanford2D3D):
+        with pytest.raises(DataError, match="targets.*segmentation, depth, normals"):
+            kind(tmp_path, targets=targets)
 
 
 def test_stanford(tmp_path: Path) -> None:
@@ -213,10 +250,17 @@ def test_stanford(tmp_path: Path) -> None:
     found = sample["normals"][:, 0, :2].T
     torch.testing.assert_close(found, torch.tensor([[0.0, 0, -1], [1.0, 0, 0]]), atol=6e-3, rtol=0)
     assert not sample["normals"][:, 1:].any()
+    save(folder / f"depth/{stem}_depth.png", depth.astype(np.uint8))
+    with pytest.raises(DataError, match="mode L; expected depth in one channel of 16 bits"):
+        Stanford2D3D(tmp_path, "val")[0]
+    (tmp_path / "assets/semantic_labels.json").write_text("3")
+    with pytest.raises(DataError, match="holds 3; expected a list"):
+        Stanford2D3D(tmp_path, "val")
     with pytest.raises(DataError, match="no area"):
         Stanford2D3D(tmp_path, "train")
     (folder / f"depth/{stem}_depth.png").unlink()
     assert len(Stanford2D3D(tmp_path, "val", targets=("normals",))) == 1
+    (tmp_path / "assets/semantic_labels.json").write_text("[]")
     with pytest.raises(DataError, match="1 targets are missing"):
         Stanford2D3D(tmp_path, "val")
 

@@ -304,7 +304,8 @@ def test_map_panel_shows_targets_and_predictions(kind: str, channels: int) -> No
     image, compute = torch.rand(2, 3, 24, 32), torch.rand(2, 24, 32)
     target = torch.rand(2, channels, 24, 32) + 0.1
     target[:, :, :6] = 0
-    figure = map_panel(image, target, 0.5 * target, compute, kind=kind, title="title")
+    prediction = (0.5 * target).requires_grad_()
+    figure = map_panel(image, target, prediction, compute, kind=kind, title="title")
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
     assert len(shown) >= 8
     first, second = shown[1], shown[2]
@@ -314,5 +315,10 @@ def test_map_panel_shows_targets_and_predictions(kind: str, channels: int) -> No
         assert (first[:6] == 0).all() and (first[6:] != second[6:]).any()
     with pytest.raises(pag.PagError, match="target has shape"):
         map_panel(image, target[:, :, 1:], target, compute, kind=kind)
+    for wrong in (compute[:1], compute[:, :12], torch.rand(3, 24, 32)):
+        with pytest.raises(pag.PagError, match="compute_map has shape"):
+            map_panel(image, target, target, wrong, kind=kind)
+    with pytest.raises(pag.PagError, match=r"image has shape \(0, 3"):
+        map_panel(image[:0], target[:0], target[:0], compute[:0], kind=kind)
     with pytest.raises(pag.PagError, match="kind='poses'"):
         map_panel(image, target, target, compute, kind="poses")

@@ -195,6 +195,17 @@ def test_smaller_inputs_cost_less_and_give_whole_outputs() -> None:
         resize_input(Halves(), 0.5, example_input=(1, 3, 128, 192), multiple=256)
 
 
+def test_shares_that_multiples_do_not_come_near_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    resize_input(Halves(), 0.5, example_input=(1, 3, 128, 192))
+    assert not caplog.records
+    resized = resize_input(Halves(), 0.5, example_input=(1, 3, 32, 32))
+    assert resized.pag_compute_fraction == 1
+    assert "of 32x32 pixels the network sees 32x32, 1.00 of them instead of 0.50" in caplog.text
+    caplog.clear()
+    resize_input(Halves(), 0.5, example_input=(1, 3, 32, 32), multiple=8)
+    assert not caplog.records
+
+
 def test_scores_of_smaller_inputs_are_left_as_they_are() -> None:
     plain = network()
     resized = resize_input(copy.deepcopy(plain), 0.25, example_input=(1, 3, 128, 128))

@@ -130,6 +130,27 @@ def test_selectors_stay() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("timed", [False, True])
+def test_gates_without_which_a_budget_cannot_be_met_stay(timed: bool) -> None:
+    from test_timing import made_up
+
+    gated = calibrated((1.0,))  # some are open whatever the offset, and all are now
+    state = gated.pag_state
+    if timed:
+        use_times(gated, made_up(gated))
+    opened = sites(gated)[::2]
+    others = {site: 0.5 for site in sites(gated)[1::2]}
+    lowest = state.floor + 0.02
+    state.open_rates = {lowest: {site: 1.0 for site in opened} | others}
+    without_limit = set(opened)
+    pruned = pag.prune_gates(gated)
+    assert set(pruned) < without_limit
+    assert gated.pag_state.floor <= lowest
+    assert set(others) <= set(sites(gated))
+    pag.calibrate(gated, [X], budgets=[lowest])
+
+
+@torch.no_grad()
 def test_times_of_the_other_sites_are_kept() -> None:
     from test_timing import made_up
 

@@ -129,6 +129,17 @@ def test_duplicate_keys(write):
     assert found == "line 13: name is given twice (line 1 too)"
 
 
+def test_merged_keys_may_be_overridden(write):
+    text = TEXT.replace("dense:\n", "dense: &dense\n") + "gated:\n  <<: *dense\n  epochs: 3\n"
+    settings = ["gated.gate_lr=0.1", "gated.budgets=[0.9]", "stages=[dense, gated]"]
+    recipe = load_recipe(write(text), settings)
+    assert recipe.gated is not None and recipe.dense is not None
+    assert (recipe.gated.epochs, recipe.dense.epochs) == (3, 2)
+    assert recipe.gated.lr == recipe.dense.lr
+    (found,) = problems(write(text + "  epochs: 4\n"), settings)
+    assert "gated.epochs is given twice" in found
+
+
 def test_files_that_are_no_recipe(write, tmp_path):
     with pytest.raises(RecipeError, match="cannot read"):
         load_recipe(tmp_path / "missing.yaml")
@@ -139,6 +150,9 @@ def test_files_that_are_no_recipe(write, tmp_path):
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(write("name: !!python/object/apply:os.getcwd []\n"))
     assert "missing key model" in problems(write(""))
+    for text in (TEXT + "2026-11-29: {}\n", TEXT + "stages: &a [*a]\n"):
+        with pytest.raises(RecipeError, match="not valid YAML with text for keys"):
+            load_recipe(write(text))
 
 
 def test_overrides(write):

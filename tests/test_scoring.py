@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,40 @@ def test_boundaries_from_the_command_line(folders: tuple[Path, Path]) -> None:
     assert scores["ods"] == scores["ois"] == scores["ods_recall"] == scores["ods_precision"] == 1
     assert 0 < scores["ods_threshold"] <= 0.8
     assert "1 predictions without ground truth" in done.stderr
+
+
+def test_endings_and_hidden_files(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    drawn = np.zeros(SIZE, bool)
+    drawn[:, 20] = True
+    save_annotations(truth / "a.mat", [drawn])
+    (truth / "a.mat").rename(truth / "a.MAT")
+    np.save(predictions / "a.npy", drawn.astype(np.float32))
+    (predictions / "a.npy").rename(predictions / "a.NPY")
+    (truth / "._a.mat").write_bytes(b"of another system")
+    assert score("boundaries", *folders, workers=1)["ods"] == 1
+
+
+def test_colours_of_16_bits_are_refused(folders: tuple[Path, Path]) -> None:
+    predictions, truth = folders
+    np.save(truth / "a.npy", np.ones((3, 2, 2)))
+    rows = b"".join(b"\0" + bytes(2 * 6) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in chunks
+    )
+    (predictions / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with pytest.raises(PagError, match=r"a\.png: colours of 16 bits"):
+        score("normals", *folders, workers=1)
+
+
+def test_void_alone_is_no_ground_truth(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        save(folder / "a.png", np.full(SIZE, 255, np.uint8))
+    with pytest.raises(PagError, match="no label but 255"):
+        score("segmentation", *folders, workers=1)
 
 
 def test_bad_input_is_named(folders: tuple[Path, Path]) -> None:

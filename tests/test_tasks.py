@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pag_retrofit.errors import TrainingError
+from pag_retrofit.errors import DataError, TrainingError
 from pag_retrofit.evaluation import evaluate_network
-from pag_retrofit.tasks import SegmentationTask
+from pag_retrofit.tasks import DepthTask, NormalsTask, SegmentationTask
 
 CLASSES = ("sky", "road", "car", "tree")
 
@@ -138,3 +138,8 @@ def test_evaluation_does_not_depend_on_batches_and_restores_modes(batch):
 def test_evaluation_without_batches():
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate_network(Pixelwise(), [], SegmentationTask(CLASSES))
+    for task, target in ((DepthTask(), "depth"), (NormalsTask(), "normals")):
+        channels = 1 if target == "depth" else 3
+        unknown = {"image": torch.rand(2, 3, 8, 8), target: torch.zeros(2, channels, 8, 8)}
+        with pytest.raises(DataError, match="none of the 2 images has a pixel with a reading"):
+            evaluate_network(nn.Conv2d(3, channels, 1), [unknown], task)

@@ -78,9 +78,8 @@ def test_curves_are_means_over_seeds() -> None:
     compute, latency = (figures[name].axes[0] for name in ("compute", "latency"))
     drawn = [line.get_xydata().tolist() for line in compute.lines]
     assert [[pytest.approx(50.0), pytest.approx(0.72)]] in drawn
-    assert [[pytest.approx(60.0), pytest.approx(0.7)]] in [
-        line.get_xydata().tolist() for line in latency.lines
-    ]
+    drawn = [line.get_xydata().tolist() for line in latency.lines]
+    assert [[pytest.approx(60.0), pytest.approx(0.72)]] in drawn  # one seed was timed
     assert set(charts(points[1:2], "miou", "title")) == {"compute"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -50,6 +50,17 @@ class PixelDataset(Dataset[Sample]):
         if not -size <= position < size:
             raise IndexError(f"index {position} is out of range for a data set of {size} samples")
         return position % size
+
+
+def check_targets(title: str, targets: Collection[str], known: Collection[str]) -> None:
+    """Refuses targets that a data set does not have.
+
+    Raises:
+        DataError: One is unknown, or they are not a collection of names.
+    """
+    unknown = [targets] if isinstance(targets, str) else [t for t in targets if t not in known]
+    if unknown:
+        raise DataError(f"{title}: targets {unknown}: expected a tuple of {', '.join(known)}")
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def read_annotations(path: Path) -> list[np.ndarray]:
         cells = loadmat(path)["groundTruth"]
         masks = [cell["Boundaries"][0, 0].astype(bool) for cell in cells.ravel()]
     except (
-        MatReadError, OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError,
+        MatReadError, zlib.error, OSError, ValueError, KeyError, IndexError, TypeError,
+        NotImplementedError,
     ) as error:  # fmt: skip
         raise DataError(
             f"BSDS500: cannot read {path}: expected groundTruth{{k}}.Boundaries ({error})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from ..errors import DataError
-from .base import IGNORE_INDEX, PixelDataset, Sample
+from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
 from .surfaces import normals_from_depth
 
@@ -55,8 +57,8 @@ class NYUv2(PixelDataset):
             Default: True.
 
     Raises:
-        DataError: If the split is neither, a file is missing or not what it should be, or h5py
-            is not installed.
+        DataError: If the split is neither, a target is unknown, a file is missing or not what it
+            should be, or h5py is not installed.
     """
 
     classes = tuple(NYU_CLASSES)
@@ -71,6 +73,7 @@ class NYUv2(PixelDataset):
     ) -> None:
         if split not in _SPLIT_KEYS:
             raise DataError(f"NYUv2: unknown split {split!r}; use train or val")
+        check_targets("NYUv2", targets, ("segmentation", "depth", "normals"))
         self.root = Path(root)
         self.targets = frozenset(targets)
         self.palette = distinct_colours(len(NYU_CLASSES))
@@ -79,7 +82,7 @@ class NYUv2(PixelDataset):
             mapping = _read(self.root / _CLASSES, "mapClass")
             self._class_of = np.concatenate(([IGNORE_INDEX], mapping - 1)).astype(np.uint8)
         with _opened(self.root / _FILE) as file:
-            count = len(file["images"])
+            count = len(_part(file, "images"))
         if self.frames.size and not 0 <= self.frames.min() <= self.frames.max() < count:
             raise DataError(f"NYUv2: {_SPLITS} names frames beyond the {count} of {_FILE}")
         self._cache: dict[int, Sample] | None = {} if cache else None
@@ -109,11 +112,16 @@ class NYUv2(PixelDataset):
     def _load(self, frame: int) -> Sample:
         """Decodes a frame, in small types; MATLAB stores columns first."""
         with _opened(self.root / _FILE) as file:
-            stored = {"image": torch.from_numpy(file["images"][frame].transpose(0, 2, 1).copy())}
+            stored = {
+                "image": torch.from_numpy(_part(file, "images")[frame].transpose(0, 2, 1).copy())
+            }
             if "segmentation" in self.targets:
-                stored["label"] = torch.from_numpy(self._labels(file["labels"][frame].T, frame))
+                stored["label"] = torch.from_numpy(
+                    self._labels(_part(file, "labels")[frame].T, frame)
+                )
             if self.targets & {"depth", "normals"}:
-                depth = np.where(file["rawDepths"][frame] > 0, file["depths"][frame], 0.0).T
+                raw, filled = (_part(file, key)[frame] for key in ("rawDepths", "depths"))
+                depth = np.where(raw > 0, filled, 0.0).T
                 stored["depth"] = torch.from_numpy(depth.astype(np.float32))[None]
         if "normals" in self.targets:
             stored["normals"] = normals_from_depth(stored["depth"], _INTRINSICS).half()
@@ -140,9 +148,18 @@ def _opened(path: Path) -> Any:
         raise DataError(f"NYUv2: cannot read {path}: {error}") from error
 
 
+def _part(file: Any, key: str) -> Any:
+    """One array of the HDF5 file."""
+    if key not in file:
+        raise DataError(f"NYUv2: {file.filename} has no {key}; expected it as distributed")
+    return file[key]
+
+
 def _read(path: Path, key: str) -> np.ndarray:
     """A vector of whole numbers of a MATLAB file."""
     try:
         return np.asarray(loadmat(path)[key]).reshape(-1).astype(np.int64)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (
+        MatReadError, zlib.error, OSError, ValueError, KeyError, TypeError, NotImplementedError,
+    ) as error:  # fmt: skip
         raise DataError(f"NYUv2: cannot read {key} of {path}: {error!r}") from error

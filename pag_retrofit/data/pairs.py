@@ -232,6 +232,20 @@ def decode_label(title: str, path: Path, data: bytes | None = None) -> np.ndarra
     return array
 
 
+def decode_depth(title: str, path: Path) -> np.ndarray:
+    """Reads a depth image as (H, W) of its stored values.
+
+    Raises:
+        DataError: If it cannot be decoded, or is not one channel of 16 bits.
+    """
+    array, mode = _read(title, path, None, convert=False)
+    if not mode.startswith("I"):
+        raise DataError(
+            f"{title}: {path} has pixels of mode {mode}; expected depth in one channel of 16 bits"
+        )
+    return array
+
+
 def _read(title: str, path: Path, data: bytes | None, *, convert: bool) -> tuple[np.ndarray, str]:
     try:
         with Image.open(path if data is None else BytesIO(data)) as file:

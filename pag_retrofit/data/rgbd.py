@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import PixelDataset, Sample
-from .pairs import IMAGE_SUFFIXES, decode, decode_label, files_by_stem
+from .pairs import IMAGE_SUFFIXES, decode, decode_depth, files_by_stem
 from .surfaces import normals_from_depth
 
 _LAYOUT = "rgb/*.jpg, depth/*.png, K.txt, train.txt, val.txt"
@@ -93,7 +94,7 @@ class RGBDFolder(PixelDataset):
         """Decodes a frame: uint8, millimetres, and normals as float16."""
         image_path, depth_path = self.frames[position]
         image = decode("RGB-D", image_path).transpose(2, 0, 1)
-        depth = decode_label("RGB-D", depth_path).astype(np.int32)[None]
+        depth = decode_depth("RGB-D", depth_path).astype(np.int32)[None]
         if depth.shape[1:] != image.shape[1:]:
             raise DataError(
                 f"RGB-D: {depth_path} is {depth.shape[2]}x{depth.shape[1]} pixels but its image "
@@ -111,9 +112,10 @@ class RGBDFolder(PixelDataset):
 
 def _names(path: Path) -> list[str]:
     try:
-        names = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"RGB-D: cannot read {path}: {error}; the layout is {_LAYOUT}") from error
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise DataError(f"RGB-D: {path} is empty; expected one name per line")
     return names
@@ -124,6 +126,9 @@ def _read_intrinsics(path: Path) -> Tensor:
         values = [float(text) for text in path.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise DataError(f"RGB-D: cannot read {path}: {error}") from error
-    if len(values) != 9 or values[0] <= 0 or values[4] <= 0:
-        raise DataError(f"RGB-D: {path} holds {values}; expected 3x3 intrinsics in pixels")
+    finite = all(math.isfinite(value) for value in values)
+    if not finite or len(values) != 9 or min(values[0], values[4]) <= 0 or values[6:] != [0, 0, 1]:
+        raise DataError(
+            f"RGB-D: {path} holds {values}; expected 3x3 intrinsics in pixels, row by row"
+        )
     return torch.tensor(values, dtype=torch.float64).view(3, 3)

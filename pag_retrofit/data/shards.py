@@ -18,8 +18,8 @@ from .base import IGNORE_INDEX, PixelDataset, Sample
 from .folder import distinct_colours
 from .pairs import PairDecoder, as_sample
 
-SHARD_PATTERN = re.compile(r"(https?://)?[^:]+")
-"""What names shards: paths and addresses; other schemes of WebDataset start programs."""
+_SHARD = re.compile(r"https?://.+|[^:]+")
+"""What names a shard: a path or an address; other schemes of WebDataset start programs."""
 _IMAGES = ("jpg", "jpeg", "png")
 _LABEL = "label.png"
 
@@ -102,18 +102,14 @@ class StreamedImages(IterableDataset[Sample]):
             yield self.normalize(self.augmentation(sample, generator))
 
     def _contents(self, worker: int, workers: int) -> Iterator[tuple[Path, Path, Any]]:
-        """Names and contents of images without end: in each round all shards of this worker."""
+        """Names and contents of images without end: in each round each one once."""
         from webdataset.filters import shuffle
 
         order = np.random.default_rng((self.seed, self._epoch)).permutation(len(self.shards))
         shards = [self.shards[k] for k in order[worker::workers]]
         draw = random.Random(f"{self.seed} {self._epoch} {worker}")
-
-        def rounds() -> Iterator[tuple[Path, Path, Any]]:
-            while True:
-                yield from _read(shards)
-
-        yield from shuffle(self.buffer, rng=draw)(rounds())
+        while True:  # a buffer filled over several rounds would hold images several times
+            yield from shuffle(self.buffer, rng=draw)(_read(shards))
 
 
 class ShardImages(PixelDataset):
@@ -163,9 +159,12 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise DataError("shards need WebDataset: pip install 'pag-retrofit[streaming]'") from error
-    if not SHARD_PATTERN.fullmatch(pattern):
-        raise DataError(f"shards {pattern!r}: expected a path or an http(s) address")
     shards = tuple(expand_urls(pattern))
+    refused = [shard for shard in shards if not _SHARD.fullmatch(shard)]
+    if refused or not shards:
+        raise DataError(
+            f"shards {pattern!r}: expected a path or an http(s) address, got {refused or 'nothing'}"
+        )
     missing = [s for s in shards if not s.startswith("http") and not Path(s).is_file()]
     if missing:
         raise DataError(f"shards {pattern!r}: {len(missing)} are missing, such as {missing[0]}")

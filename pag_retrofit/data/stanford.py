@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from .base import IGNORE_INDEX, PixelDataset, Sample
+from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
-from .pairs import decode, decode_label
+from .pairs import decode, decode_depth
 
 STANFORD_CLASSES = (
     "beam",
@@ -58,7 +58,7 @@ class Stanford2D3D(PixelDataset):
         targets: Among `"segmentation"`, `"depth"`, `"normals"`. Default: all.
 
     Raises:
-        DataError: If the split is neither, no area of it is there, or a target is missing.
+        DataError: If the split is neither, a target is unknown, or no area or a file is missing.
     """
 
     classes = STANFORD_CLASSES
@@ -72,6 +72,7 @@ class Stanford2D3D(PixelDataset):
     ) -> None:
         if split not in _AREAS:
             raise DataError(f"Stanford 2D-3D-S: unknown split {split!r}; use train or val")
+        check_targets("Stanford 2D-3D-S", targets, _FOLDERS)
         self.root = Path(root)
         self.targets = tuple(targets)
         self.palette = distinct_colours(len(STANFORD_CLASSES))
@@ -106,7 +107,7 @@ class Stanford2D3D(PixelDataset):
         for name in self.targets:
             target = self._target(path, name)
             if name == "depth":
-                stored = decode_label("Stanford 2D-3D-S", target).astype(np.float32)
+                stored = decode_depth("Stanford 2D-3D-S", target).astype(np.float32)
                 metres = np.where(stored == _NO_DEPTH, 0.0, stored / _PER_METRE)
                 sample["depth"] = torch.from_numpy(metres.astype(np.float32))[None]
             elif name == "normals":
@@ -132,6 +133,8 @@ def _read_classes(path: Path) -> np.ndarray:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"Stanford 2D-3D-S: cannot read {path}: {error}") from error
+    if not isinstance(names, list):
+        raise DataError(f"Stanford 2D-3D-S: {path} holds {names!r:.40}; expected a list of names")
     known = {name: k for k, name in enumerate(STANFORD_CLASSES)}
     classes = [known.get(str(name).partition("_")[0], IGNORE_INDEX) for name in names]
     return np.array([*classes, IGNORE_INDEX], dtype=np.int64)
