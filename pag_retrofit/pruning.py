@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -50,19 +51,11 @@ def prune_gates(gated: nn.Module, least: float = 1.0) -> tuple[str, ...]:
     pruned = {site for site, gate in gates.items() if _is_open(site, gate, state, least)}
     if not pruned or pruned == set(gates):
         return ()
-    pruned -= _needed(gated, state, pruned)
-    if not pruned:
-        return ()
-    kept = [site for site in gates if site not in pruned]
     values, mode = gated.state_dict(), budget_mode(gated)
-    remove(gated)
-    retrofit(
-        gated,
-        1.0,
-        example_input=state.example_shape,
-        config=state.config.only(kept),
-        inplace=True,
-    )
+    _gate_anew(gated, state, gates.keys() - pruned)
+    if _floor(gated, state) > min(state.open_rates):
+        pruned -= _needed(gated, state, pruned)
+        _gate_anew(gated, state, gates.keys() - pruned)
     own = gated.state_dict()
     for name, tensor in (*gated.named_parameters(), *gated.named_buffers()):
         if name in values:  # all that is saved
@@ -77,21 +70,40 @@ def _is_open(site: str, gate: nn.Module, state: RetrofitState, least: float) -> 
     return isinstance(gate, PixelGate) and min(rates) >= least
 
 
+def _gate_anew(gated: nn.Module, state: RetrofitState, kept: Iterable[str]) -> None:
+    retrofit(
+        remove(gated),
+        1.0,
+        example_input=state.example_shape,
+        config=state.config.only(kept),
+        inplace=True,
+    )
+
+
+def _floor(gated: nn.Module, state: RetrofitState) -> float:
+    """That of the gates that are left, in time if the network's budget is."""
+    if state.times is None:
+        return state_of(gated).floor
+    return _times_of(gated, state.times).floor
+
+
+def _times_of(gated: nn.Module, times: NetworkTimes) -> NetworkTimes:
+    names = {site for site, _ in named_gates(gated)}
+    left = {site: of for site, of in times.sites.items() if site in names}
+    return NetworkTimes(times.opened, left)
+
+
 def _needed(gated: nn.Module, state: RetrofitState, pruned: set[str]) -> set[str]:
-    """Which of these sites need gates, lest the floor rises above a budget: what saves most."""
+    """Sites that need gates, lest the floor rises above a budget: those that save most."""
     if state.times is not None:
-        opened = state.times.opened
         savings = {site: of.saved for site, of in state.times.sites.items()}
     else:
-        opened, plain = 1.0, remove(copy.deepcopy(gated))
-        found = plan(plain, example_input=state.example_shape, config=state.config)
+        plain = remove(copy.deepcopy(gated))
+        found = plan(plain, example_input=state.example_shape, config=state.config.only(pruned))
         savings = {
-            site.name: (site.macs - site.floor_macs) / found.total_macs
-            for site in found.sites
-            if not site.inside
+            site.name: (site.macs - site.floor_macs) / found.total_macs for site in found.sites
         }
-    floor = opened - sum(saved for site, saved in savings.items() if site not in pruned)
-    needed: set[str] = set()
+    floor, needed = _floor(gated, state), set()
     for site in sorted(pruned, key=lambda name: -savings[name]):
         if floor <= min(state.open_rates):
             break
@@ -111,7 +123,6 @@ def _hand_over(state: RetrofitState, gated: nn.Module, mode: str) -> None:
         for budget, of in state.open_rates.items()
     }
     if state.times is not None:
-        left = {site: of for site, of in state.times.sites.items() if site in sites}
-        use_times(gated, NetworkTimes(state.times.opened, left))
+        use_times(gated, _times_of(gated, state.times))
     if state.active_budget is not None:
         set_budget(gated, state.active_budget, mode)
