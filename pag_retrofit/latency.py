@@ -30,6 +30,7 @@ from pag_retrofit.deployment import deploy
 from pag_retrofit.errors import PagError
 from pag_retrofit.measurement import measure, override_gates
 from pag_retrofit.surgery import remove
+from pag_retrofit.tracing import in_mode
 
 OWN_GATES = "gates"
 """Name of the masks that the network's own gates make."""
@@ -149,31 +150,34 @@ def compare_latency(
         runtimes: Dense ones; those that are not installed are left out.
         backend: Of `deploy`.
         threads: Of every variant.
-        rounds: How often each variant has its turn, at most.
+        rounds: How often each variant has its turn, at most; two or more.
         seconds: Time for all rounds together, of which there are three at least.
 
     Raises:
         PagError: A runtime is unknown, none runs here, or an argument does not fit the network.
     """
+    if rounds < 2:
+        raise PagError(f"rounds={rounds!r}: expected two or more, whose spread can be told")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        original = remove(copy.deepcopy(gated)).eval()
-        dense, left_out = _dense_runs(original, x, runtimes, threads)
-        if not dense:
-            raise PagError(
-                f"runtimes={list(runtimes)}: expected at least one that runs here, to compare "
-                f"with; left out: {left_out or 'none'}"
-            )
-        facts = {name: (True, 1.0) for name in dense}
-        errors = {name: _difference(run(), original(x)) for name, run in dense.items()}
-        wrong = {name: error for name, error in errors.items() if error > _TOLERANCE}
-        if wrong:
-            raise PagError(f"dense runtimes differ from the network by {wrong}")
-        variants = {name: _Variant(run) for name, run in dense.items()}
-        for name, variant, fraction, error in _deployed(gated, x, densities, pattern, backend):
-            variants[name], facts[name], errors[name] = variant, (False, fraction), error
-        times = _time(variants, rounds, seconds)
+        with in_mode(gated):
+            original = remove(copy.deepcopy(gated)).eval()
+            dense, left_out = _dense_runs(original, x, runtimes, threads)
+            if not dense:
+                raise PagError(
+                    f"runtimes={list(runtimes)}: expected at least one that runs here, to compare "
+                    f"with; left out: {left_out or 'none'}"
+                )
+            facts = {name: (True, 1.0) for name in dense}
+            errors = {name: _difference(run(), original(x)) for name, run in dense.items()}
+            wrong = {name: error for name, error in errors.items() if error > _TOLERANCE}
+            if wrong:
+                raise PagError(f"dense runtimes differ from the network by {wrong}")
+            variants = {name: _Variant(run) for name, run in dense.items()}
+            for name, variant, fraction, error in _deployed(gated, x, densities, pattern, backend):
+                variants[name], facts[name], errors[name] = variant, (False, fraction), error
+            times = _time(variants, rounds, seconds)
     finally:
         torch.set_num_threads(before)
     latencies = []
@@ -261,7 +265,7 @@ def _deployed(
     deployed = deploy(gated, backend)
     run = functools.partial(deployed, x.contiguous(memory_format=torch.channels_last))
     with measure(gated) as measured:
-        expected = gated.eval()(x)
+        expected = gated(x)
     fraction = measured.fraction
     plain = functools.partial(deploy(gated, "reference"), x)
     yield f"masked {OWN_GATES}", _Variant(functools.partial(gated, x)), fraction, 0.0

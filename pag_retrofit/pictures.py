@@ -131,8 +131,8 @@ def map_panel(
     expected = (len(image), _MAP_CHANNELS[kind], *image.shape[2:])
     _check_shapes(image, {"target": target, "prediction": prediction}, expected)
     _check_shapes(image, {"compute_map": compute_map}, (len(image), *image.shape[2:]))
-    maps = zip(target.detach().cpu(), prediction.detach().cpu(), strict=True)
-    drawn = [_drawn(kind, *pair) for pair in maps]
+    maps = (part.detach().float().cpu() for part in (target, prediction))
+    drawn = [_drawn(kind, *pair) for pair in zip(*maps, strict=True)]
     columns = ([_picture(picture) for picture in image], *map(list, zip(*drawn, strict=True)))
     names = ("image", "target", "prediction", _COLUMNS[-1])
     return _panel(columns, compute_map, names, title, [])
@@ -370,7 +370,8 @@ def latency_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: 
     )  # fmt: skip
     axes.axhline(1.0, color=_FAINT, linewidth=0.8)
     styles = product(("-", ":"), zip(_SERIES, _MARKERS, strict=True))  # repeated only then
-    for (name, line), (dashes, (colour, marker)) in zip(lines.items(), cycle(styles), strict=False):
+    drawn = [(name, line) for name, line in lines.items() if line]
+    for (name, line), (dashes, (colour, marker)) in zip(drawn, cycle(styles), strict=False):
         xs, ys = zip(*sorted(line), strict=True)
         axes.plot(
             [100 * x for x in xs], ys, color=colour, marker=marker, markersize=5, linewidth=1.6,
@@ -415,7 +416,7 @@ def _figure(height: float, title: str) -> Figure:
     figure = Figure(figsize=(_WIDTH, height), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     place = (_MARGIN / _WIDTH, 1 - 0.08 / height)
-    figure.text(*place, title, fontsize=11, va="top", color=_INK, weight="bold")
+    figure.text(*place, title, fontsize=11, va="top", color=_INK, weight="bold", parse_math=False)
     return figure
 
 

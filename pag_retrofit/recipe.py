@@ -534,7 +534,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a day that no month has
         raise RecipeError(f"the value {text!r} is not valid YAML: {error}") from error
 
 

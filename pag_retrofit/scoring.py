@@ -103,11 +103,13 @@ def score(
         The metrics of the task, and `images`, their number.
 
     Raises:
-        PagError: The task is unknown, a folder is missing, a prediction is missing, or a file does
-            not fit.
+        PagError: The task is unknown, a folder is missing, a prediction is missing, a file does
+            not fit, or there would be no process.
     """
     if task not in TASKS:
         raise PagError(f"task={task!r}: expected one of {TASKS}")
+    if workers is not None and workers < 1:
+        raise PagError(f"workers={workers!r}: expected 1 or more processes, or None")
     options = options or ScoreOptions()
     pairs = _pairs(predictions, ground_truth)
     count = functools.partial(_count, task, options)

@@ -28,7 +28,7 @@ def gated() -> nn.Module:
 def test_every_variant_is_timed_as_often_and_computes_the_same(gated: nn.Module) -> None:
     threads = torch.get_num_threads()
     compared = compare_latency(
-        gated,
+        gated.train(),
         torch.randn(1, 3, 32, 32),
         densities=(1.0, 0.2),
         pattern="random",
@@ -48,7 +48,7 @@ def test_every_variant_is_timed_as_often_and_computes_the_same(gated: nn.Module)
         assert variant.dense == (variant.name in ("eager", "channels_last"))
     own, full, sparse = (variant.fraction for variant in compared.variants[4:])
     assert sparse < full == own
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads and gated.training
     assert json.loads(json.dumps(compared.to_dict()))["input"] == [1, 3, 32, 32]
 
 
@@ -79,6 +79,8 @@ def test_what_is_not_installed_is_left_out_and_said(
         compare_latency(gated, x, runtimes=("tensorrt",))
     with pytest.raises(pag.PagError, match=r"runtimes=\['openvino'\].*not installed"):
         compare_latency(gated, x, runtimes=("openvino",), backend="auto")
+    with pytest.raises(pag.PagError, match="rounds=1"):
+        compare_latency(gated, x, rounds=1)
 
 
 def test_only_the_timed_network_is_compiled_with_frozen_weights(

@@ -297,6 +297,9 @@ def test_the_latency_chart_shows_each_network_and_the_ideal():
     assert axes.get_ylim()[1] > 2.0
     with pytest.raises(pag.PagError, match="at least one"):
         latency_chart({"a": []})
+    figure = latency_chart({"a": [], "b": [(0.5, 1.6)]}, title=r"of $\lr$")  # no formula
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][-1] == "b"
+    figure.canvas.draw()
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("boundaries", 1), ("depth", 1), ("normals", 3)])
@@ -306,6 +309,7 @@ def test_map_panel_shows_targets_and_predictions(kind: str, channels: int) -> No
     target[:, :, :6] = 0
     prediction = (0.5 * target).requires_grad_()
     figure = map_panel(image, target, prediction, compute, kind=kind, title="title")
+    map_panel(image, target, target.bfloat16(), compute, kind=kind)
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
     assert len(shown) >= 8
     first, second = shown[1], shown[2]

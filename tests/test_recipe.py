@@ -155,6 +155,12 @@ def test_files_that_are_no_recipe(write, tmp_path):
             load_recipe(write(text))
 
 
+def test_overrides_that_are_no_values(write):
+    for override in ("name=[", "name=2026-13-45"):
+        with pytest.raises(RecipeError, match="is not valid YAML"):
+            load_recipe(write(TEXT), [override])
+
+
 def test_overrides(write):
     recipe = load_recipe(
         write(TEXT), ["runtime.threads=1", "dense.lr=2e-4", "name=other", "data.size=[32, 48]"]

@@ -173,6 +173,8 @@ def test_bad_input_is_named(folders: tuple[Path, Path]) -> None:
     predictions, truth = folders
     with pytest.raises(PagError, match="task='poses'"):
         score("poses", *folders)
+    with pytest.raises(PagError, match="workers=0"):
+        score("depth", *folders, workers=0)
     with pytest.raises(PagError, match="no files"):
         score("depth", *folders)
     save(truth / "a.npy", np.ones(SIZE))
