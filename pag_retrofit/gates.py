@@ -223,7 +223,7 @@ class PixelGate(Gate):
             return self.certain(self.override.mask(logits), x)
         if not self.training:
             return self.certain(self.decide(logits), x)
-        self.remember(self.probability(logits), x)
+        self.remember(self.expected(logits), x)
         return self.sample(logits)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -239,6 +239,15 @@ class PixelGate(Gate):
     def probability(self, logits: Tensor) -> Tensor:
         """That a pixel is open in training."""
         return torch.sigmoid(logits / self.temperature)
+
+    def expected(self, logits: Tensor) -> Tensor:
+        """The same for the losses, with the gradient at temperature one.
+
+        At low temperatures most probabilities are next to 0 or 1, and their own gradients next to
+        0: gates would stay what they were when it fell, whatever the losses ask for.
+        """
+        slope = torch.sigmoid(logits)
+        return self.probability(logits).detach() + (slope - slope.detach())
 
     def sample(self, logits: Tensor) -> Tensor:
         """Draw the mask of training."""

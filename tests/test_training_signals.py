@@ -130,6 +130,26 @@ def test_descending_the_loss_alone_reaches_the_target(gated: nn.Module, kind: st
     assert pag.expected_fraction(gated).item() == pytest.approx(0.7, abs=tolerance)
 
 
+@pytest.mark.parametrize(("probability", "rho"), [(0.95, 0.3), (0.05, 0.7)])
+def test_gates_decided_at_low_temperature_still_hear_the_loss(
+    gated: nn.Module, probability: float, rho: float
+) -> None:
+    set_probability(gated, probability)
+    gated.train()
+    gated.pag_state.rho = rho
+    x = torch.randn(SHAPE)
+    found = {}
+    for temperature in (1.0, 0.05):
+        for _, gate in named_gates(gated):
+            gate.temperature.fill_(temperature)
+        gated.zero_grad()
+        gated(x)
+        pag.sparsity_loss(gated).backward()
+        found[temperature] = torch.stack([gate.bias.grad for _, gate in named_gates(gated)])
+    assert (found[0.05].sign() == (1 if probability > rho else -1)).all()
+    assert (found[0.05].abs() > 0.5 * found[1.0].abs()).all()
+
+
 def test_temperature_sharpens_the_expected_masks(gated: nn.Module) -> None:
     set_probability(gated, 0.8)
     gated.train()
