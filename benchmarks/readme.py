@@ -40,6 +40,8 @@ _VARIANTS = {
 }
 _BYPASSES = ("_collapsed", "_coarse")
 """What the results of a recipe that was run with the other bypass, too, end with."""
+_OWN_GRADIENT = "_own_gradient"
+"""Those of gates that were trained with the sparsity loss's own gradient."""
 _TASKS = ("segmentation", "boundaries", "depth", "normals")
 """In the order of tables; others come after them."""
 _NEAR = 0.02
@@ -412,12 +414,35 @@ def bypass_table(results: dict[str, Any]) -> str:
             continue
         shown, factor = _METRICS[run["metric"]]
         references = {seed: score for (seed, _), score in _scores(run, "reference").items()}
-        collapsed, coarse = (_scores(twin, "gated") for twin in twins)
+        before = results.get(f"{name}{_OWN_GRADIENT}", run)  # both bypasses with one loss
+        collapsed, coarse = (
+            _scores(twin, "gated") | (_scores(before, "gated") if twin is run else {})
+            for twin in twins
+        )
         for seed, budget in sorted(collapsed.keys() & coarse.keys(), key=lambda k: (k[0], -k[1])):
             dense = f"{factor * references[seed]:.2f}" if seed in references else ""
             gated = (f"{factor * twin[seed, budget]:.2f}" for twin in (collapsed, coarse))
             lines.append(
                 f"| `{name}`, {shown} | {seed} | {dense} | {budget:g} | {' | '.join(gated)} |"
+            )
+    return "\n".join(lines)
+
+
+def gradient_table(results: dict[str, Any]) -> str:
+    """Gated networks by the gradient of the sparsity loss, one row per recipe, seed and budget."""
+    lines = [
+        "| recipe, metric | seed | budget | its own gradient | that of temperature one |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, run in results.items():
+        if not name.endswith(_OWN_GRADIENT):
+            continue
+        shown, factor = _METRICS[run["metric"]]
+        after = _scores(results[run["recipe"]], "gated")
+        for (seed, budget), score in sorted(_scores(run, "gated").items(), reverse=True):
+            lines.append(
+                f"| `{run['recipe']}`, {shown} | {seed} | {budget:g} | {factor * score:.2f} | "
+                f"{factor * after[seed, budget]:.2f} |"
             )
     return "\n".join(lines)
 
@@ -679,6 +704,7 @@ def _blocks() -> dict[str, dict[str, str]]:
         "docs/ablations.md": {
             "ablation-table": ablation_table(_read("ablation")),
             "bypass-table": bypass_table(_read("tradeoff")),
+            "gradient-table": gradient_table(_read("tradeoff")),
         },
         "docs/method.md": {"time-budget-table": time_budget_table(_read("time_budget"))},
         "docs/tasks.md": {"matching-table": matching_table(_read("matching"))},
