@@ -297,12 +297,8 @@ class GatedConv(GatedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W) to (B, C', h, w)."""
+        _check_batch(x, self.pag_gate)
         full = super().forward(x)
-        if full.dim() != 4:
-            raise PagError(
-                f"{self.pag_gate.site} got an input of shape {tuple(x.shape)}: gated networks take "
-                "batches (B, C, H, W), also of one image"
-            )
         size = (full.shape[2], full.shape[3])
         cost = self.pag_gate.cost
         mask = self.pag_gate(x, size)
@@ -311,6 +307,29 @@ class GatedConv(GatedModule):
         kept = subsample(x, cost.stride, cost.offset, size)
         bypass = F.conv2d(kept, self.pag_bypass_weight, self.bias, groups=self.groups)  # type: ignore
         return mix(full, bypass, mask)
+
+
+class GatedSeparable(GatedModule):
+    """A depthwise convolution and the 1x1 behind it, with one gate and the coarse bypass.
+
+    The gate reads what the depthwise one reads, and comes first: once deployed, neither is computed
+    where pixels are closed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, H, W) to (B, C', h, w)."""
+        _check_batch(x, self.pag_gate)
+        mask = self.pag_gate(x)
+        full = super().forward(x)
+        return mix(full, coarse(full), mask)
+
+
+def _check_batch(x: Tensor, gate: PixelGate) -> None:
+    if x.dim() != 4:
+        raise PagError(
+            f"{gate.site} got an input of shape {tuple(x.shape)}: gated networks take batches "
+            "(B, C, H, W), also of one image"
+        )
 
 
 class GatedBranchEnd(GatedModule):
@@ -322,8 +341,10 @@ class GatedBranchEnd(GatedModule):
         return apply_mask(super().forward(x, *args, **kwargs), mask)
 
 
-class GatedSequenceEnd(GatedBranchEnd):
-    """A sequence at the end of a residual branch: the gate is no step of it."""
+class _GatedSteps:
+    """Of a gated `nn.Sequential`: the gate is no step of it."""
+
+    _modules: dict[str, nn.Module | None]
 
     def __len__(self) -> int:
         """Number of steps."""
@@ -337,6 +358,14 @@ class GatedSequenceEnd(GatedBranchEnd):
         """A step, or a plain sequence of some."""
         steps: list[Any] = list(self)
         return nn.Sequential(*steps[index]) if isinstance(index, slice) else steps[index]
+
+
+class GatedSequenceEnd(_GatedSteps, GatedBranchEnd):
+    """A sequence at the end of a residual branch."""
+
+
+class GatedSeparableSequence(_GatedSteps, GatedSeparable):
+    """A sequence of a depthwise convolution and a 1x1."""
 
 
 def gate_convolution(conv: nn.Conv2d, gate: PixelGate, bypass: Tensor | None) -> GatedConv:
@@ -394,6 +423,13 @@ def gate_branch_end(module: nn.Module, gate: PixelGate) -> GatedBranchEnd:
     """Gate a module of one input and one output, which is not modified."""
     mixin = GatedSequenceEnd if isinstance(module, nn.Sequential) else GatedBranchEnd
     gated: GatedBranchEnd = _gated_copy(mixin, module, gate)
+    return gated
+
+
+def gate_separable(module: nn.Module, gate: PixelGate) -> GatedSeparable:
+    """Gate a module that is a depthwise convolution and the 1x1 behind it; it is not modified."""
+    mixin = GatedSeparableSequence if isinstance(module, nn.Sequential) else GatedSeparable
+    gated: GatedSeparable = _gated_copy(mixin, module, gate)
     return gated
 
 

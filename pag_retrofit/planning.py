@@ -20,6 +20,7 @@ from pag_retrofit.gates import (
     collapsed_kernel,
     gate_branch_end,
     gate_convolution,
+    gate_separable,
 )
 from pag_retrofit.multipool import BranchSelector, MultiPoolConv2d, PoolSelector
 from pag_retrofit.policies import GATES
@@ -367,7 +368,8 @@ class Surgery:
         assert isinstance(gate, PixelGate)
         if site.kind == "branch":
             return gate_branch_end(module, gate)
-        assert isinstance(module, nn.Conv2d)
+        if not isinstance(module, nn.Conv2d):
+            return gate_separable(module, gate)
         bypass = collapsed_kernel(module) if site.bypass == "collapsed" else None
         return gate_convolution(module, gate, bypass)
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from pag_retrofit.config import RetrofitConfig
 from pag_retrofit.cost import GatedOperation, SelectorSpec, SiteCost
-from pag_retrofit.functional import Window
+from pag_retrofit.functional import POINTWISE, Window
 from pag_retrofit.locality import (
     ACTIVATIONS,
     LAYERS,
@@ -27,9 +27,13 @@ from pag_retrofit.locality import (
     Node,
     NotPixelLocalError,
     Pool,
+    check_same,
+    conv_arguments,
     macs_per_pixel,
     node_macs,
+    node_window,
     operator_name,
+    padding_total,
     pair,
 )
 from pag_retrofit.tracing import LAYER_TYPES, ConvCall, NetworkGraph, ancestors
@@ -43,7 +47,8 @@ class Site:
 
     Args:
         name: Path of the block (branch) or of the module.
-        kind: `"branch"`, `"conv"`, `"multipool"` or `"aspp"`.
+        kind: `"branch"`, `"conv"` (also a depthwise one with the 1x1 behind it), `"multipool"` or
+            `"aspp"`.
         owner: Path of the module that is rewritten.
         bypass: What closed pixels get: `"shortcut"`, `"identity"`, `"collapsed"`, `"coarse"`.
         channels: Of the gate's input.
@@ -179,6 +184,7 @@ class _Finder:
         self._list_layers()
         if self.config.scope == "branch":
             self._find_branches()
+            self._find_separable()
         self._find_convolutions()
         for name in self.found.layers:
             if name not in self.covered:
@@ -400,6 +406,65 @@ class _Finder:
         path = self.network.owner(node)
         return not owner or path == owner or path.startswith(owner + ".")
 
+    # --- separable convolutions -----------------------------------------------------------
+
+    def _find_separable(self) -> None:
+        """Modules that are a depthwise convolution and a 1x1 behind it.
+
+        A gate of the 1x1 alone would read what the depthwise one makes, and so all of it.
+        """
+        for node in list(self.layer_of):
+            before = node.args[0]
+            try:
+                if before not in self.layer_of or not _is_separable(before, node):
+                    continue
+                site = self._separable_site(before, node)
+            except NotPixelLocalError:
+                continue  # the 1x1 may be a site by itself
+            self.found.sites.append(site)
+            self.covered.update(site.layers)
+
+    def _separable_site(self, depthwise: Node, pointwise: Node) -> Site:
+        layers = self.layer_of[depthwise], self.layer_of[pointwise]
+        name = _common_parent(list(layers))
+        calls = [self.network.observed.calls.get(layer) for layer in layers]
+        if name not in self.network.observed.maps or self.owned[name] != {depthwise, pointwise}:
+            raise NotPixelLocalError("no module holds the two, and nothing else")
+        if any(layer in self.covered | self.per_image | self.pooled.keys() for layer in layers):
+            raise NotPixelLocalError("another site holds one of them")
+        if not all(call is not None and call.times == 1 for call in calls):
+            raise NotPixelLocalError("it is used more than once")
+        for path in (name, *layers):
+            if path in self.aliased or path in self.refused or is_patched(self.modules[path]):
+                raise NotPixelLocalError(f"{path} cannot be replaced")
+        self._check_wanted(name)
+        check_same(node_window(depthwise), padding_total(depthwise))
+        conv, call = self.modules[layers[0]], calls[0]
+        assert isinstance(conv, nn.Conv2d) and call is not None
+        cost = SiteCost(
+            tuple(
+                GatedOperation(layer, macs_per_pixel(node))
+                for layer, node in zip(layers, (depthwise, pointwise), strict=True)
+            ),
+            gate_macs=conv.in_channels if self.config.policy == "pixel" else 0,
+            stride=pair(conv.stride),
+            coarse=True,
+        )
+        site = Site(
+            name=name,
+            kind="conv",
+            owner=name,
+            bypass="coarse",
+            channels=conv.in_channels,
+            cost=cost,
+            input_size=call.input_size,
+            output_size=call.output_size,
+            maps=max(call.maps // self.network.observed.images, 1),
+            layers=layers,
+        )
+        self._check_worth(site)
+        return site
+
     # --- single convolutions --------------------------------------------------------------
 
     def _find_convolutions(self) -> None:
@@ -496,6 +561,10 @@ def identity_owner(
         return ""
     if network.value(conv).shape[1] != network.value(conv.args[0]).shape[1]:
         return ""
+    try:
+        check_same(node_window(conv), padding_total(conv))
+    except NotPixelLocalError:
+        return ""
     paths = [network.owner(conv)]
     node = conv
     while len(node.users) == 1:
@@ -523,6 +592,15 @@ def _entry(end: Node, inside: list[Node], readers: set[Node], network: NetworkGr
     if len(entries) != 1:
         raise NotPixelLocalError(f"it reads {len(entries)} tensors, not one")
     return entries.pop()
+
+
+def _is_separable(first: Node, second: Node) -> bool:
+    """Tell whether two layers are a depthwise convolution and the 1x1 that alone reads it."""
+    if {operator_name(first), operator_name(second)} != {"conv2d"} or len(first.users) > 1:
+        return False
+    channels, groups = first.args[1].meta["val"].shape[1], conv_arguments(second)["groups"]
+    larger = node_window(first).kernel != (1, 1)
+    return channels == 1 and larger and node_window(second) == POINTWISE and groups == 1
 
 
 def _is_overwritten(node: Node) -> bool:

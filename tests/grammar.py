@@ -187,6 +187,17 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.layers(x)], 1)
 
 
+class Separable(nn.Module):
+    """A depthwise convolution and a 1x1, by a forward of its own."""
+
+    def __init__(self, depthwise: nn.Conv2d, pointwise: nn.Conv2d):
+        super().__init__()
+        self.depthwise, self.pointwise = depthwise, pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
 class Pyramid(nn.Module):
     """Down, up again, beside what was there, and a convolution on both: a decoder step."""
 
@@ -262,7 +273,7 @@ class Grammar:
     def block(self) -> nn.Module:
         kind = self.pick(
             "plain", "basic", "bottleneck", "inverted", "preactivation", "convnext",
-            "two_residuals", "dense", "pyramid", "nested",
+            "two_residuals", "dense", "pyramid", "nested", "separable",
         )  # fmt: skip
         return getattr(self, kind)()
 
@@ -388,6 +399,18 @@ class Grammar:
         fuse = nn.Sequential(self.conv(12 + c, 8), *self.norm(8), self.activation())
         self.channels = 8
         return Pyramid(down, fuse, self.pick("nearest", "bilinear"))
+
+    def separable(self) -> nn.Module:
+        c_in, c_out, stride = self.channels, self.pick(8, 12, 16), self.stride()
+        kernel, dilation = self.pick((3, 1), (3, 2), (5, 1))
+        padding = (kernel - 1) * dilation // 2
+        if stride == 1 and self.side > 20 and self.pick(False, True):  # the 1x1 is a site alone
+            padding = 0
+            self.side -= (kernel - 1) * dilation
+        first = nn.Conv2d(c_in, c_in, kernel, stride, padding, dilation, groups=c_in)
+        pair = self.pick(nn.Sequential, Separable)(first, nn.Conv2d(c_in, c_out, 1, bias=False))
+        self.channels = c_out
+        return nn.Sequential(pair, *self.norm(c_out), self.activation())
 
     def nested(self) -> nn.Module:
         return nn.Sequential(nn.Sequential(self.basic()), Listed([self.plain()]))

@@ -198,6 +198,34 @@ def test_convolutions_between_whose_pixels_others_are_interpolated(
             agree(gated, deployed, x, share, pattern)
 
 
+@given(
+    st.integers(1, 24), st.integers(1, 24), st.sampled_from([(3, 1), (3, 3), (5, 1)]),
+    st.sampled_from([1, 1, 2]),
+    st.tuples(st.integers(1, 2), st.integers(4, 18), st.integers(4, 18)),
+    st.floats(0, 1), st.sampled_from(["random", "blobs", "rows"]),
+)  # fmt: skip
+@settings(max_examples=24, deadline=None, derandomize=True)
+def test_depthwise_convolutions_are_computed_where_the_pointwise_one_is(
+    inputs: int, out: int, window: tuple[int, int], stride: int, size: tuple[int, int, int],
+    density: float, pattern: str,
+) -> None:  # fmt: skip
+    kernel, dilation = window
+    padding = (kernel - 1) * dilation // 2
+    depthwise = nn.Conv2d(inputs, inputs, kernel, stride, padding, dilation, groups=inputs)
+    pair = nn.Sequential(depthwise, nn.Conv2d(inputs, out, 1))
+    model = randomize(nn.Sequential(conv(inputs, inputs, 1), pair, nn.ReLU())).eval()
+    x = torch.randn(size[0], inputs, *size[1:])
+    gated = gate_all(model, tuple(x.shape), include=("1",))
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for share in (density, 0.0, 1.0):
+            agree(gated, deployed, x, share, pattern)
+        program, _ = next(iter(deployed._programs.values()))
+        steps = zip(program.steps, program.demanded, strict=True)
+        places = [demanded for step, demanded in steps if isinstance(step, Convolve)]
+        assert [place == EVERYWHERE for place in places] == [True, False, True]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("grid_is_open", [False, True])
 def test_pixels_that_no_single_call_computes_are_activated_once(grid_is_open: bool) -> None:

@@ -63,7 +63,7 @@ def layer_macs(model: nn.Module, x: Tensor) -> dict[str, int]:
 class MaskedConv(nn.Module):
     """Closed pixels get the kernel summed over its taps, or interpolated neighbours."""
 
-    def __init__(self, conv: nn.Conv2d, mask: Tensor, bypass: str):
+    def __init__(self, conv: nn.Module, mask: Tensor, bypass: str):
         super().__init__()
         self.conv, self.mask, self.bypass = conv, mask, bypass
 
@@ -152,14 +152,15 @@ def expected_macs(case: Case, sites: pag.Plan, x: Tensor, opened: dict[str, Tens
     for site in sites.sites:
         mask = opened[site.name]
         if site.kind == "conv":
-            conv = case.model.get_submodule(site.name)
-            outputs, fan_in, *window = conv.weight.shape
+            convs = [case.model.get_submodule(name) for name in site.layers]
+            outputs, fan_in, *_ = convs[0].weight.shape
             bypass = outputs * fan_in if site.bypass == "collapsed" else 0
-            total += mask.numel() * conv.in_channels - dense[site.name]
+            total += mask.numel() * convs[0].in_channels - sum(dense[name] for name in site.layers)
             if site.bypass == "coarse":
                 mask = mask.clone()
                 mask[:, :, ::2, ::2] = 1
-            total += int(mask.sum()) * conv.weight.numel() + int((1 - mask).sum()) * bypass
+            weights = sum(conv.weight.numel() for conv in convs)
+            total += int(mask.sum()) * weights + int((1 - mask).sum()) * bypass
             continue
         branch, entry = inputs[site.name]
         for name, macs in needed_macs(branch, entry, mask).items():

@@ -356,6 +356,22 @@ def test_identity_bypass_passes_the_input_on() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_map_that_shrinks_is_not_passed_on(stride: int) -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, stride), nn.ReLU())
+    model = randomize(nn.Sequential(block, nn.Conv2d(8, 2, 1))).eval()
+    gated = gate_all(model, (1, 8, 21, 21), scope="conv")
+    x = torch.randn(2, 8, 17, 12)
+    assert torch.equal(gated(x), model(x))
+    with pag.override_gates(gated, pattern="none"):
+        collapsed = block[0].weight.sum((2, 3), keepdim=True)
+        size = block(x).shape[2:]
+        kept = x[:, :, 1::stride, 1::stride][:, :, : size[0], : size[1]]
+        wanted = model[1](F.conv2d(kept, collapsed, block[0].bias).relu())
+        torch.testing.assert_close(gated(x), wanted)
+
+
+@torch.no_grad()
 def test_coarse_bypass_interpolates_larger_convolutions_but_does_not_truncate() -> None:
     block = nn.Sequential(conv(8, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
     model = randomize(nn.Sequential(block, nn.Conv2d(8, 2, 1))).eval()
@@ -369,6 +385,79 @@ def test_coarse_bypass_interpolates_larger_convolutions_but_does_not_truncate() 
         config = pag.RetrofitConfig(min_share=0.0, bypass="coarse", policy=policy)
         plan = pag.plan(model, 1.0, example_input=(1, 8, 16, 16), config=config)
         assert [site.bypass for site in plan.sites] == kinds
+
+
+class Separable(nn.Module):
+    """A depthwise convolution and a 1x1, by a forward of its own."""
+
+    def __init__(self, depthwise: nn.Module, pointwise: nn.Module):
+        super().__init__()
+        self.depthwise, self.pointwise = depthwise, pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [nn.Sequential, Separable])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_separable_convolutions_are_one_site(kind: type[nn.Module], stride: int) -> None:
+    depthwise = nn.Conv2d(8, 8, 3, stride, 2, 2, groups=8)
+    model = randomize(nn.Sequential(kind(depthwise, conv(8, 6, 1)), nn.ReLU())).eval()
+    shape = (1, 8, 16, 16)
+    (site,) = pag.plan(model, 1.0, example_input=shape, config=EVERYTHING).sites
+    assert (site.name, site.bypass, len(site.layers)) == ("0", "coarse", 2)
+    assert site.macs == (8 * 9 + 8 * 6) * (16 // stride) ** 2
+    gated = gate_all(model, shape)
+    assert isinstance(gated[0], kind)
+    assert not isinstance(gated[0], nn.Sequential) or gated[0][0] is next(iter(gated[0]))
+    assert [type(m) for m in gated[0].children()][:2] == [nn.Conv2d, nn.Conv2d]
+    x = torch.randn(2, 8, 17, 13)
+    assert torch.equal(gated(x), model(x))
+    with pag.override_gates(gated, pattern="none"), pag.measure(gated) as m:
+        torch.testing.assert_close(gated(x), coarse_by_hand(model[0](x)).relu())
+    pixels, grid = (-(-17 // stride)) * (-(-13 // stride)), 9 * 7 if stride == 1 else 5 * 4
+    assert m.macs == 2 * (8 * pixels + (8 * 9 + 8 * 6) * grid)
+    with pytest.raises(pag.PagError, match="batches"):
+        gated(x[0])
+    assert [type(m) for m in pag.remove(gated).modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(gated(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"exclude": ("0",)}, ["0.0", "0.1"]),
+        ({"exclude": ("0*",)}, []),
+        ({"include": ("0.1",)}, ["0.1"]),
+        ({"scope": "conv"}, ["0.0"]),
+    ],
+)
+def test_separable_convolutions_that_are_not_wanted_as_one(
+    change: dict[str, Any], names: list[str]
+) -> None:
+    pair = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), conv(8, 6, 1))
+    config = pag.RetrofitConfig(min_share=0.0, **change)
+    plan = pag.plan(
+        nn.Sequential(pair, nn.ReLU()), 1.0, example_input=(1, 8, 16, 16), config=config
+    )
+    assert [site.name for site in plan.sites] == names
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), conv(8, 6, 1)),  # the map shrinks
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), conv(8, 6, 1)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), conv(8, 6, 1)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 6, 1, groups=2)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, 1, 8, padding_mode="reflect"), conv(8, 6, 1)),
+    ],
+)
+def test_of_other_pairs_the_pointwise_convolution_is_a_site(pair: nn.Sequential) -> None:
+    model = nn.Sequential(pair, nn.ReLU())
+    plan = pag.plan(model, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING)
+    assert f"0.{len(pair) - 1}" in [site.name for site in plan.sites]
 
 
 @torch.no_grad()
