@@ -4,9 +4,10 @@
     python benchmarks/roofline.py --results FILE  # of another machine
 
 For each kind of kernel call, its time; for the convolutions also what they would take at the
-least: each the larger of its multiply-accumulates (those of Winograd's algorithm where that is
-used) at the rate of the best convolution, and what it must read and write once (weights, input
-rows, output rows) at the rate of reading memory. One thread.
+least: each the larger of its multiply-accumulates (where Winograd's algorithm is used, those of the
+parts that the listed pixels of its tiles are made of) at the rate of the best convolution, and what
+it must read and write once (weights, input rows, output rows) at the rate of reading memory. One
+thread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pag_retrofit import deploy, override_gates, retrofit
 from pag_retrofit.checkpoints import write_json
@@ -41,6 +43,7 @@ CASES = (
 DENSITIES = (1.0, 0.1)
 PASSES = 9
 SLOWEST = 8
+REPEATED = 2  # row and column of the parts that are zero where the input is read upsampled
 
 
 def reading(threads: int) -> float:
@@ -69,22 +72,47 @@ def facts(call: ConvolutionArguments) -> dict[str, Any]:
         "layer": f"{channels} to {out_channels}, {kernel}x{kernel}, stride {stride}{groups}, "
         f"{call.out.shape[1]}x{call.out.shape[2]}",
         "pixels": pixels,
-        "macs": int(pixels * multiplications(call) * out_channels // call.groups),
+        "macs": multiplications(call) * out_channels // call.groups,
         "bytes": call.weights.nbytes + 4 * floats,
     }
 
 
-def multiplications(call: ConvolutionArguments) -> float:
-    """Per pixel and output channel; in tiles of 2x2 pixels, those of whole tiles."""
-    taps = call.window[0] * call.window[1]
+def multiplications(call: ConvolutionArguments) -> int:
+    """Of all its listed pixels together, for one output channel and one group."""
+    channels = sum(source.shape[3] for source in call.sources)
     if not call.winograd:
-        return taps * sum(source.shape[3] for source in call.sources)
+        pixels = call.out.shape[:3].numel() if call.length is None else int(call.length)
+        return pixels * call.window[0] * call.window[1] * channels
     upsampled = itertools.takewhile(
         lambda pair: pair[1] > 1, zip(call.sources, call.upsampling, strict=True)
     )
     repeating = sum(source.shape[3] for source, _ in upsampled)
-    channels = sum(source.shape[3] for source in call.sources)
-    return (9 * repeating + 16 * (channels - repeating)) / 4
+    needed = needed_parts(listed_corners(call))
+    repeated = torch.arange(4) == REPEATED
+    left_out = needed[:, repeated[:, None] | repeated].sum()
+    return int(needed.sum()) * channels - int(left_out) * repeating
+
+
+def listed_corners(call: ConvolutionArguments) -> torch.Tensor:
+    """Which pixels of its tiles of 2x2 a convolution computes: bool (tiles, 2, 2)."""
+    batch, height, width = call.out.shape[:3]
+    listed = torch.ones(batch * height * width, dtype=torch.bool)
+    if call.pixels is not None and call.length is not None:
+        listed[:] = False
+        listed[call.pixels[: int(call.length)].long()] = True
+    down, across = call.window[4], call.window[5]  # pixels of a tile lie as far apart as the taps
+    beyond = (-width % (2 * across), -height % (2 * down))
+    mask = F.pad(listed.view(batch, height, width), (0, beyond[0], 0, beyond[1]))
+    mask = mask.view(batch, -1, 2, down, mask.shape[2] // (2 * across), 2, across)
+    return mask.permute(0, 1, 3, 4, 6, 2, 5).flatten(0, 4)
+
+
+def needed_parts(corners: torch.Tensor) -> torch.Tensor:
+    """Which of 16 parts tiles are made of, bool (tiles, 4, 4): three by three for each corner."""
+    parts = corners.new_zeros(len(corners), 4, 4)
+    for i, j in itertools.product(range(2), repeat=2):
+        parts[:, i : i + 3, j : j + 3] |= corners[:, i, j, None, None]
+    return parts
 
 
 @torch.no_grad()
