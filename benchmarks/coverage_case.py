@@ -386,7 +386,7 @@ def check_counts(s: Subject) -> None:
 
 
 def conv_sites(s: Subject) -> list[Any]:
-    """Sites that are one convolution."""
+    """Sites that are one convolution, or a depthwise one with the 1x1 behind it."""
     return [site for site in s.plan.sites if site.kind == "conv"]
 
 
@@ -409,13 +409,13 @@ class forced_conv_gates:  # noqa: N801, used like a function
 
 def saved_by_conv(s: Subject, site: Any, mask: Tensor) -> int:
     """MACs that closed pixels of a gated convolution save, from its weights alone."""
-    module = s.original.get_submodule(site.name)
-    outputs, inputs, *kernel = module.weight.shape
-    full = outputs * inputs * kernel[0] * kernel[1]
+    weights = [s.original.get_submodule(layer).weight for layer in site.layers]
+    full = sum(weight.numel() for weight in weights)
     closed = ~mask
     if site.bypass == "coarse":  # computed at every second pixel of every second row
         closed[..., ::2, ::2] = False
-    bypass = {"identity": 0, "coarse": 0, "collapsed": outputs * inputs}[site.bypass]
+    collapsed = weights[0][..., 0, 0].numel()
+    bypass = {"identity": 0, "coarse": 0, "collapsed": collapsed}[site.bypass]
     return int(closed.sum()) * (full - bypass)
 
 

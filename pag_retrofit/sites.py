@@ -423,6 +423,8 @@ class _Finder:
                 continue  # the 1x1 may be a site by itself
             self.found.sites.append(site)
             self.covered.update(site.layers)
+            for layer in site.layers:
+                self.found.reasons.pop(layer, None)
 
     def _separable_site(self, depthwise: Node, pointwise: Node) -> Site:
         layers = self.layer_of[depthwise], self.layer_of[pointwise]

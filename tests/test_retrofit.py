@@ -424,6 +424,22 @@ def test_separable_convolutions_are_one_site(kind: type[nn.Module], stride: int)
     assert torch.equal(gated(x), model(x))
 
 
+class AddsInItsOwnForward(nn.Module):
+    """Holds a branch that cannot be gated as one: there is no block to rewrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Separable(nn.Conv2d(8, 8, 3, padding=1, groups=8), conv(8, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.softmax(self.pair(x), 2)
+
+
+def test_separable_convolutions_of_a_branch_that_is_refused_are_listed_once() -> None:
+    plan = pag.plan(AddsInItsOwnForward(), 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING)
+    assert [site.name for site in plan.sites] == ["pair"] and plan.dense == ()
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
