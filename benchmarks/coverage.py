@@ -261,6 +261,14 @@ def load_results(path: Path) -> dict[str, Any]:
     return {**load_results(SURGERY), "networks": {}} if path != SURGERY else {"networks": {}}
 
 
+def note_environment(results: dict[str, Any]) -> None:
+    """Keep every pair of versions and processor that any of the networks was tried with."""
+    now = {key: results["environment"][key] for key in ("packages", "cpu")}
+    earlier = results.setdefault("environments", [])
+    if now not in earlier:
+        earlier.append(now)
+
+
 def to_do(case: Case, results: dict[str, Any], redo: str) -> bool:
     """Whether a network is to be tried, given what was tried before."""
     record = results["networks"].get(case.id)
@@ -300,6 +308,7 @@ def main() -> None:
     if results.get("selection", {}).get("timm_version") != timm.__version__:
         results["selection"] = select(console)
     results["environment"] = environment()
+    note_environment(results)
     write_json(path, results)
     patterns = arguments.only or ["*"]
     cases = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,16 @@ LEAST_BY_TORCH = 0.01
 
 def page(results: dict[str, Any], deployed: dict[str, Any]) -> str:
     """Text of docs/coverage.md."""
-    environment = results["environment"]
-    versions = ", ".join(f"{name} {v}" for name, v in environment["packages"].items() if v)
-    parts = [INTRODUCTION, f"Measured with {versions}, on {environment['cpu']}."]
+    environments = results["environments"]
+    versions = ", ".join(
+        f"{name} {_either(e['packages'][name] for e in environments)}"
+        for name, version in results["environment"]["packages"].items()
+        if version
+    )
+    parts = [
+        INTRODUCTION,
+        f"Measured with {versions}, on {_either(e['cpu'] for e in environments)}.",
+    ]
     parts += [summary(results, deployed)]
     for kind, title in KINDS.items():
         records = _of_kind(results, kind)
@@ -63,6 +71,10 @@ def page(results: dict[str, Any], deployed: dict[str, Any]) -> str:
             parts.append(f"The library itself does not offer: {', '.join(refused)}.")
     parts += [DEPLOYMENT, deployment(deployed)]
     return "\n\n".join(parts) + "\n"
+
+
+def _either(values: Iterable[str]) -> str:
+    return " or ".join(sorted(set(values)))
 
 
 def summary(results: dict[str, Any], deployed: dict[str, Any]) -> str:

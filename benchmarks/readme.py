@@ -42,6 +42,8 @@ _BYPASSES = ("_collapsed", "_coarse")
 """What the results of a recipe that was run with the other bypass, too, end with."""
 _OWN_GRADIENT = "_own_gradient"
 """Those of gates that were trained with the sparsity loss's own gradient."""
+_GATE_LR = "_gate_lr"
+"""Those of gates with `gated.gate_lr=5e-2`."""
 _TASKS = ("segmentation", "boundaries", "depth", "normals")
 """In the order of tables; others come after them."""
 _NEAR = 0.02
@@ -428,18 +430,27 @@ def bypass_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def gradient_table(results: dict[str, Any]) -> str:
-    """Gated networks by the gradient of the sparsity loss, one row per recipe, seed and budget."""
+def gated_twins_table(results: dict[str, Any], kind: str, other: str, usual: str) -> str:
+    """Gated networks trained otherwise, and as usual, one row per recipe, seed and budget.
+
+    Args:
+        results: By name.
+        kind: What the names of those trained otherwise end with.
+        other: Heading of theirs.
+        usual: Heading of those of the name without that.
+    """
     lines = [
-        "| recipe, metric | seed | budget | its own gradient | that of temperature one |",
+        f"| recipe, metric | seed | budget | {other} | {usual} |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, run in results.items():
-        if not name.endswith(_OWN_GRADIENT):
+        if not name.endswith(kind):
             continue
         shown, factor = _METRICS[run["metric"]]
-        after = _scores(results[run["recipe"]], "gated")
-        for (seed, budget), score in sorted(_scores(run, "gated").items(), reverse=True):
+        after = _scores(results[name.removesuffix(kind)], "gated")
+        for (seed, budget), score in sorted(
+            _scores(run, "gated").items(), key=lambda item: (item[0][0], -item[0][1])
+        ):
             lines.append(
                 f"| `{run['recipe']}`, {shown} | {seed} | {budget:g} | {factor * score:.2f} | "
                 f"{factor * after[seed, budget]:.2f} |"
@@ -704,7 +715,10 @@ def _blocks() -> dict[str, dict[str, str]]:
         "docs/ablations.md": {
             "ablation-table": ablation_table(_read("ablation")),
             "bypass-table": bypass_table(_read("tradeoff")),
-            "gradient-table": gradient_table(_read("tradeoff")),
+            "gradient-table": gated_twins_table(
+                _read("tradeoff"), _OWN_GRADIENT, "its own gradient", "that of temperature one"
+            ),
+            "gate-lr-table": gated_twins_table(_read("tradeoff"), _GATE_LR, "5e-2", "2e-2"),
         },
         "docs/method.md": {"time-budget-table": time_budget_table(_read("time_budget"))},
         "docs/tasks.md": {"matching-table": matching_table(_read("matching"))},
