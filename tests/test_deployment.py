@@ -204,7 +204,7 @@ def test_convolutions_between_whose_pixels_others_are_interpolated(
     st.tuples(st.integers(1, 2), st.integers(4, 18), st.integers(4, 18)),
     st.floats(0, 1), st.sampled_from(["random", "blobs", "rows"]),
 )  # fmt: skip
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 def test_depthwise_convolutions_are_computed_where_the_pointwise_one_is(
     inputs: int, out: int, window: tuple[int, int], stride: int, size: tuple[int, int, int],
     density: float, pattern: str,
