@@ -410,7 +410,9 @@ def test_separable_convolutions_are_one_site(kind: type[nn.Module], stride: int)
     assert site.macs == (8 * 9 + 8 * 6) * (16 // stride) ** 2
     gated = gate_all(model, shape)
     assert isinstance(gated[0], kind)
-    assert not isinstance(gated[0], nn.Sequential) or gated[0][0] is next(iter(gated[0]))
+    if isinstance(gated[0], nn.Sequential):
+        assert len(gated[0]) == len(gated[0][:]) == 2
+        assert list(gated[0]) == [gated[0][0], gated[0][1]] == list(gated[0].children())[:2]
     assert [type(m) for m in gated[0].children()][:2] == [nn.Conv2d, nn.Conv2d]
     x = torch.randn(2, 8, 17, 13)
     assert torch.equal(gated(x), model(x))
@@ -474,6 +476,15 @@ def test_of_other_pairs_the_pointwise_convolution_is_a_site(pair: nn.Sequential)
     model = nn.Sequential(pair, nn.ReLU())
     plan = pag.plan(model, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING)
     assert f"0.{len(pair) - 1}" in [site.name for site in plan.sites]
+
+
+def test_a_module_that_holds_more_than_a_separable_convolution_is_no_site() -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), conv(8, 6, 1), nn.ReLU())
+    sites = pag.plan(block, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING).sites
+    assert sorted(site.name for site in sites) == ["0", "1"]
+    nested = nn.Sequential(block, nn.Identity())
+    sites = pag.plan(nested, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING).sites
+    assert sorted(site.name for site in sites) == ["0.0", "0.1"]
 
 
 @torch.no_grad()
