@@ -430,7 +430,8 @@ class _Finder:
         layers = self.layer_of[depthwise], self.layer_of[pointwise]
         name = _common_parent(list(layers))
         calls = [self.network.observed.calls.get(layer) for layer in layers]
-        if name not in self.network.observed.maps or self.owned[name] != {depthwise, pointwise}:
+        alone = self.owned[name] == {depthwise, pointwise}
+        if not (name and alone and name in self.network.observed.maps):
             raise NotPixelLocalError("no module holds the two, and nothing else")
         if any(layer in self.covered | self.per_image | self.pooled.keys() for layer in layers):
             raise NotPixelLocalError("another site holds one of them")

@@ -478,10 +478,12 @@ def test_of_other_pairs_the_pointwise_convolution_is_a_site(pair: nn.Sequential)
     assert f"0.{len(pair) - 1}" in [site.name for site in plan.sites]
 
 
-def test_a_module_that_holds_more_than_a_separable_convolution_is_no_site() -> None:
+def test_the_network_itself_and_what_holds_more_than_a_separable_convolution_are_no_site() -> None:
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), conv(8, 6, 1), nn.ReLU())
     sites = pag.plan(block, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING).sites
     assert sorted(site.name for site in sites) == ["0", "1"]
+    network = gate_all(block[:2], (1, 8, 16, 16))  # there is no module around it to be replaced
+    assert [name for name, _ in named_gates(network)] == ["0", "1"]
     nested = nn.Sequential(block, nn.Identity())
     sites = pag.plan(nested, 1.0, example_input=(1, 8, 16, 16), config=EVERYTHING).sites
     assert sorted(site.name for site in sites) == ["0.0", "0.1"]
