@@ -13,6 +13,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from conftest import Pair
+from grammar import Separable
 from networks import (
     ONE_EACH,
     CustomNet,
@@ -385,17 +386,6 @@ def test_coarse_bypass_interpolates_larger_convolutions_but_does_not_truncate() 
         config = pag.RetrofitConfig(min_share=0.0, bypass="coarse", policy=policy)
         plan = pag.plan(model, 1.0, example_input=(1, 8, 16, 16), config=config)
         assert [site.bypass for site in plan.sites] == kinds
-
-
-class Separable(nn.Module):
-    """A depthwise convolution and a 1x1, by a forward of its own."""
-
-    def __init__(self, depthwise: nn.Module, pointwise: nn.Module):
-        super().__init__()
-        self.depthwise, self.pointwise = depthwise, pointwise
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(x))
 
 
 @torch.no_grad()
