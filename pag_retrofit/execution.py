@@ -155,12 +155,16 @@ class Values(dict[str, Any]):
         self.memory, self.apart = memory, apart
         self.taken: dict[str, Range] = {}
 
-    def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Memory for a map, as rows (B, H, W, C)."""
+    def allocate(self, name: str, shape: Sequence[int], gap: int = 0) -> Tensor:
+        """Memory for a map, as rows (B, H, W, C), with so many floats free behind each pixel."""
         if name in self.apart:
             return kernels.backend().empty(math.prod(shape)).view(tuple(shape))
-        flat, self.taken[name] = self.memory.take(math.prod(shape))
-        return flat.view(tuple(shape))
+        if not gap:
+            flat, self.taken[name] = self.memory.take(math.prod(shape))
+            return flat.view(tuple(shape))
+        *size, channels = shape
+        flat, self.taken[name] = self.memory.take(math.prod(size) * (channels + gap))
+        return flat.view(*size, channels + gap)[..., :channels]
 
     def hold(self, name: str, x: Tensor) -> Tensor:
         """A copy of a value in this memory, where it can be."""
@@ -191,14 +195,14 @@ class Source(NamedTuple):
 
 
 def as_rows(x: Tensor, layout: str) -> Tensor:
-    """View a value as contiguous (B, H, W, C); copies what is laid out otherwise."""
+    """View a value as (B, H, W, C), one stride from each pixel to the next; copies any other."""
     if layout == "BCHW":
         x = x.permute(0, 2, 3, 1)
     elif layout == "BNC":
         x = x.unsqueeze(2)
     elif layout == "BC":
         x = x[:, None, None]
-    return kernels.contiguous(x)
+    return x if x.numel() and kernels.is_map(x) else kernels.contiguous(x)
 
 
 def from_rows(rows: Tensor, layout: str) -> Tensor:
@@ -220,6 +224,16 @@ class Buffer(NamedTuple):
 
     shape: tuple[int, int, int, int]
     layout: str
+
+    @property
+    def gap(self) -> int:
+        """Floats that are free behind each pixel."""
+        return kernels.gap_between_pixels(self.shape[3])
+
+    @property
+    def floats(self) -> int:
+        """All it takes."""
+        return math.prod(self.shape[:3]) * (self.shape[3] + self.gap)
 
 
 @dataclass(kw_only=True)
@@ -282,7 +296,7 @@ class Allocate(Step):
         if self.in_place:
             rows = as_rows(values[self.copied or self.overwritten], self.copied_layout)
         else:
-            rows = values.allocate(self.writes, self.buffer.shape)
+            rows = values.allocate(self.writes, self.buffer.shape, self.buffer.gap)
             if self.copied:
                 kernels.copy(rows, as_rows(values[self.copied], self.copied_layout))
             elif self.zero:
@@ -1274,7 +1288,7 @@ class Program:
         most = 0
         for step, free in zip(self.steps, self.free, strict=True):
             if isinstance(step, Allocate) and not (step.in_place or step.writes in self._apart):
-                sizes[step.writes] = _whole_lines(math.prod(step.buffer.shape))
+                sizes[step.writes] = _whole_lines(step.buffer.floats)
                 most = max(most, sum(sizes.values()))
             for name in free:
                 sizes.pop(name, None)

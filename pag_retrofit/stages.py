@@ -299,12 +299,16 @@ def _commit() -> str | None:
 
 
 def _cpu_model() -> str:
+    """Name of the processor, with family and model: virtual machines name many alike."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
         return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    pairs = (line.partition(":") for line in first.splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in pairs}
+    if not {"model name", "cpu family", "model"} <= facts.keys():
+        return facts.get("model name", platform.processor())
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
 
 
 # Whether a folder belongs to this recipe --------------------------------------------------------

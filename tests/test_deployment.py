@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from user_models import MODELS
 
 import pag_retrofit as pag
-from pag_retrofit import sharing
+from pag_retrofit import kernels, sharing
 from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, either
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
@@ -311,6 +311,41 @@ def test_aspp() -> None:
         expected = gated(x)
     with pag.override_branches(deployed, seed=2):
         close(deployed(x), expected)
+
+
+@pytest.mark.parametrize("family", ["bottlenecks", "unet", "norms"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_pixels_of_wide_maps_lie_apart(
+    family: str, backend: str, unet: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of 512 channels do; here of all maps, for which all kernels have to be ready."""
+    gated = {
+        "bottlenecks": lambda: gate_all(randomize(timm.create_model("resnet26t")).eval()),
+        "unet": lambda: unet,
+        "norms": lambda: gate_all(randomize(timm.create_model("convnext_atto")).eval()),
+    }[family]()
+    monkeypatch.setattr(kernels, "gap_between_pixels", lambda channels: 16)
+    deployed = pag.deploy(gated, backend)
+    for shape in (SHAPE, (2, 3, 64, 32)):
+        x = torch.randn(shape)
+        for density in (1.0, 0.3, 0.0):
+            agree(gated, deployed, x, density)
+    program, _ = next(iter(deployed._programs.values()))
+    allocated = [s for s in program.steps if isinstance(s, Allocate) and not s.in_place]
+    assert allocated and all(s.buffer.gap == 16 for s in allocated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [512, 3072, 500])
+def test_lines_of_neighbours_do_not_compete(channels: int) -> None:
+    pixel = torch.nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 4, 1)).eval()
+    deployed, x = pag.deploy(pixel), torch.randn(2, 3, 5, 6)
+    close(deployed(x), pixel(x))
+    program, _ = next(iter(deployed._programs.values()))
+    between, last = (s.buffer for s in program.steps if isinstance(s, Allocate))
+    step = channels + between.gap
+    assert (step * 4 * 2) % 4096 and between.gap == (0 if channels == 500 else 16)
+    assert between.floats == 2 * 5 * 6 * step and last.gap == 0
 
 
 # --- what it is given -----------------------------------------------------------------------------

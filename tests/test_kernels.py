@@ -927,6 +927,23 @@ class TestWholeMaps:
         twin.copy(out, None)
         assert not out.any()
 
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 5, 4), (1, 300, 300, 2)])
+    @pytest.mark.parametrize("gaps", [(2, 0), (0, 5), (3, 3)])
+    def test_copy_between_pixels_with_gaps(
+        self, twin: ModuleType, shape: tuple[int, ...], gaps: tuple[int, int]
+    ) -> None:
+        *size, channels = shape
+        whole, memory = (torch.full((*size, channels + gap), UNTOUCHED) for gap in gaps)
+        out, x = whole[..., :channels], memory[..., :channels].copy_(torch.randn(shape))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            twin.copy(out.zero_(), x)
+            assert torch.equal(out, x)
+        torch.set_num_threads(1)
+        twin.copy(out, None)
+        assert not out.any()
+        assert (whole[..., channels:] == UNTOUCHED).all()
+
 
 @needs_library
 class TestTape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES, Taps
+from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES, Taps, is_map
 from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
 from pag_retrofit.kernels.operators import backend, can_record, using, watched
 from pag_retrofit.kernels.perforated import (
@@ -12,6 +12,7 @@ from pag_retrofit.kernels.perforated import (
     activate,
     combine,
     copy,
+    gap_between_pixels,
     gate_mask,
     group_norm,
     interpolate,
@@ -43,10 +44,12 @@ __all__ = [
     "combine",
     "contiguous",
     "copy",
+    "gap_between_pixels",
     "gate_mask",
     "group_norm",
     "instruction_set",
     "interpolate",
+    "is_map",
     "is_open",
     "lay_together",
     "layer_norm",

@@ -105,6 +105,29 @@ class ConvolutionArguments(NamedTuple):
         return self.out.shape[1] // max(self.residual.shape[1], 1)
 
 
+def is_map(x: Tensor) -> bool:
+    """Whether one stride leads from each pixel of (B, H, W, C) to the next."""
+    return x.dim() == 4 and _found_stride(x) is not None
+
+
+def _found_stride(x: Tensor) -> int | None:
+    batch, height, width, channels = x.shape
+    strides = x.stride()
+    if width > 1:
+        stride = strides[2]
+    elif height > 1:
+        stride = strides[1]
+    else:
+        stride = strides[0] if batch > 1 else channels
+    fits = (
+        (channels == 1 or strides[3] == 1)
+        and stride >= channels
+        and (height == 1 or strides[1] == width * stride)
+        and (batch == 1 or strides[0] == height * width * stride)
+    )
+    return stride if fits else None
+
+
 def pixel_stride(name: str, x: Tensor) -> int:
     """Floats from one pixel of a map to the next.
 
@@ -116,22 +139,11 @@ def pixel_stride(name: str, x: Tensor) -> int:
             f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected float32 "
             "(B, H, W, C) on the CPU; convert it with .float().cpu()"
         )
-    batch, height, width, channels = x.shape
-    strides = x.stride()
-    if width > 1:
-        stride = strides[2]
-    elif height > 1:
-        stride = strides[1]
-    else:
-        stride = strides[0] if batch > 1 else channels
-    if (
-        (channels > 1 and strides[3] != 1)
-        or stride < channels
-        or (height > 1 and strides[1] != width * stride)
-        or (batch > 1 and strides[0] != height * width * stride)
-    ):
+    batch, height, width, _ = x.shape
+    stride = _found_stride(x)
+    if stride is None:
         raise PagError(
-            f"{name} {tuple(x.shape)} has strides {strides}: expected one stride from pixel to "
+            f"{name} {tuple(x.shape)} has strides {x.stride()}: expected one stride from pixel to "
             "pixel and contiguous channels; make it contiguous, or slice its channels only"
         )
     if batch * height * width > MAX_PIXELS or max(height, width) > MAX_EXTENT:

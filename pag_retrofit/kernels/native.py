@@ -52,7 +52,7 @@ _GATE = Struct("4i 4i 2i" + "Pq4i" * MAX_SOURCES + "7Pf")
 _LISTING = Struct("2P3q2P")
 _READING = Struct("6i8i2P")
 _COMBINATION = Struct("3P2q")
-_COPY = Struct("2Pq")
+_COPY = Struct("2P4q")
 _POOL = Struct("6i8iPqPq")
 _RESIZING = Struct("8i4PPqPq")
 _GROUPING = Struct("4iPqPq2Pfif")
@@ -400,9 +400,15 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
-    """Copy a contiguous map or mask into another one of its size, or fill that with zeros."""
-    packed = _COPY.pack(out.data_ptr(), _address(x), out.numel() * out.element_size())
-    _call(_COPY_BYTES, packed, out, x)
+    """Copy a map, or a contiguous mask, into another one of its size, or zero it."""
+    size = out.element_size()
+    if out.is_contiguous() and (x is None or x.is_contiguous()):
+        rows = (1, out.numel() * size, 0, 0)
+    else:
+        step = _map(out)[1]
+        from_step = step if x is None else _map(x)[1]
+        rows = (out.shape[:3].numel(), out.shape[3] * size, step * size, from_step * size)
+    _call(_COPY_BYTES, _COPY.pack(out.data_ptr(), _address(x), *rows), out, x)
 
 
 def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:

@@ -35,7 +35,8 @@ _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
 _LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
 _MATRIX = DIGITS_DEPTH * NARROW  # bytes that are multiplied at once, of digits
-_PAGE = 4096
+_PAGE = 4096  # bytes; lines so far apart have one place in a first-level cache
+_LINE = 64
 
 
 class PixelList(NamedTuple):
@@ -237,6 +238,19 @@ def prefers_winograd(
         and enough
         and (matrix >= _CHANNELS_FOR_WINOGRAD or upsampled)
     )
+
+
+def gap_between_pixels(channels: int) -> int:
+    """Floats to leave free behind each pixel of a map.
+
+    A tile reads the same channel of 14 or more pixels in turn. Where these lie whole pages apart,
+    or half of one and every other is read, their lines compete for the 8 or 12 places that a
+    first-level cache has for them, and each is gone before its next channel is read.
+
+    Args:
+        channels: Of the map.
+    """
+    return _LINE // 4 if channels and 4 * channels % (_PAGE // 2) == 0 else 0
 
 
 def prefers_compressed(weight: Tensor, groups: int) -> bool:
@@ -481,7 +495,7 @@ def combine(first: Tensor, second: Tensor | None, operation: str) -> Tensor:
 
 
 def copy(out: Tensor, x: Tensor | None) -> None:
-    """Copy a contiguous map or mask into another one of its type and size, or zero it."""
+    """Copy a map, or a contiguous mask, into another one of its type and size, or zero it."""
     visible().copy(out, x)
 
 

@@ -919,14 +919,18 @@ int combine(const pag_combination* call, int) {
 }
 
 int copy(const pag_copy* call, int threads) {
-  const int64_t chunks = worthwhile(threads, call->bytes / sizeof(float));
+  const int64_t chunks = worthwhile(threads, call->rows * call->bytes / sizeof(float));
+  const int64_t parts = call->rows > 1 ? 1 : chunks;  // of each row
   share(chunks, (int)chunks, [&](int64_t i) {
-    const int64_t begin = call->bytes * i / chunks, end = call->bytes * (i + 1) / chunks;
-    char* to = static_cast<char*>(call->to) + begin;
-    if (call->from)
-      memcpy(to, static_cast<const char*>(call->from) + begin, end - begin);
-    else
-      memset(to, 0, end - begin);
+    const int64_t part = i % parts, shares = chunks / parts;
+    const int64_t begin = call->bytes * part / parts, end = call->bytes * (part + 1) / parts;
+    for (int64_t row = call->rows * (i / parts) / shares; row < call->rows * (i / parts + 1) / shares; row++) {
+      char* to = static_cast<char*>(call->to) + row * call->to_step + begin;
+      if (call->from)
+        memcpy(to, static_cast<const char*>(call->from) + row * call->from_step + begin, end - begin);
+      else
+        memset(to, 0, end - begin);
+    }
   });
   return PAG_OK;
 }

@@ -177,7 +177,8 @@ struct pag_pooling {
 struct pag_copy {
   void* to;
   const void* from;  // null: zeros
-  int64_t bytes;
+  int64_t rows, bytes;          // of each row
+  int64_t to_step, from_step;   // bytes from one row to the next
 };
 
 // What a call computes, and the structure it takes.
