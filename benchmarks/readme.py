@@ -670,7 +670,8 @@ def matching_table(results: dict[str, Any]) -> str:
 
 def _blocks() -> dict[str, dict[str, str]]:
     """Page -> block -> its content."""
-    camvid, timed, on_xeon = _read("camvid_mobilenetv2"), _read("latency"), _read("latency_xeon")
+    camvid, timed = _read("camvid_mobilenetv2"), _read("latency")
+    on_xeon, on_zen4 = _read("latency_xeon"), _read("latency_zen4")
     summary = summary_table(camvid)
     source = "`benchmarks/results/latency.json`. `make latency` repeats it"
     picture = (
@@ -698,11 +699,16 @@ def _blocks() -> dict[str, dict[str, str]]:
             "efficiency-table": efficiency_table(timed),
             "xeon-latency-table": latency_table(on_xeon, "`benchmarks/results/latency_xeon.json`."),
             "xeon-efficiency-table": efficiency_table(on_xeon),
+            "zen4-latency-table": latency_table(on_zen4, "`benchmarks/results/latency_zen4.json`."),
+            "zen4-efficiency-table": efficiency_table(on_zen4),
             "trained-table": trained_table(timed),
             "memory-table": memory_table(_read("memory")),
             "roofline-table": roofline_table(_read("roofline"), timed),
             "xeon-roofline-table": roofline_table(
                 _read("roofline_xeon"), on_xeon, " --results benchmarks/results/roofline_xeon.json"
+            ),
+            "zen4-roofline-table": roofline_table(
+                _read("roofline_zen4"), on_zen4, " --results benchmarks/results/roofline_zen4.json"
             ),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},

@@ -313,23 +313,18 @@ def test_aspp() -> None:
         close(deployed(x), expected)
 
 
-@pytest.mark.parametrize("family", ["bottlenecks", "unet", "norms"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["resnet10t", "test_convnext", "unet"])
 def test_pixels_of_wide_maps_lie_apart(
-    family: str, backend: str, unet: nn.Module, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str, unet: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of 512 channels do; here of all maps, for which all kernels have to be ready."""
-    gated = {
-        "bottlenecks": lambda: gate_all(randomize(timm.create_model("resnet26t")).eval()),
-        "unet": lambda: unet,
-        "norms": lambda: gate_all(randomize(timm.create_model("convnext_atto")).eval()),
-    }[family]()
+    gated = unet if name == "unet" else gate_all(randomize(timm.create_model(name)).eval())
     monkeypatch.setattr(kernels, "gap_between_pixels", lambda channels: 16)
     deployed = pag.deploy(gated, backend)
-    for shape in (SHAPE, (2, 3, 64, 32)):
-        x = torch.randn(shape)
-        for density in (1.0, 0.3, 0.0):
-            agree(gated, deployed, x, density)
+    x = torch.randn(2, 3, 32, 64)
+    for density in (1.0, 0.3):
+        agree(gated, deployed, x, density)
     program, _ = next(iter(deployed._programs.values()))
     allocated = [s for s in program.steps if isinstance(s, Allocate) and not s.in_place]
     assert allocated and all(s.buffer.gap == 16 for s in allocated)

@@ -244,8 +244,8 @@ def gap_between_pixels(channels: int) -> int:
     """Floats to leave free behind each pixel of a map.
 
     A tile reads the same channel of 14 or more pixels in turn. Where these lie whole pages apart,
-    or half of one and every other is read, their lines compete for the 8 or 12 places that a
-    first-level cache has for them, and each is gone before its next channel is read.
+    or half of one and every other is read, their lines compete for the 8 places that many
+    first-level caches have for them, and each is gone before its next channel is read.
 
     Args:
         channels: Of the map.
