@@ -707,9 +707,6 @@ def _blocks() -> dict[str, dict[str, str]]:
             "xeon-roofline-table": roofline_table(
                 _read("roofline_xeon"), on_xeon, " --results benchmarks/results/roofline_xeon.json"
             ),
-            "zen4-roofline-table": roofline_table(
-                _read("roofline_zen4"), on_zen4, " --results benchmarks/results/roofline_zen4.json"
-            ),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
         "docs/kernels.md": {

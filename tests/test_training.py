@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from pag_retrofit import from_pretrained, measure, timing
+from pag_retrofit import from_pretrained, measure, stages, timing
 from pag_retrofit.building import build_network, save_weights
 from pag_retrofit.checkpoints import locked
 from pag_retrofit.errors import CheckpointError, RecipeError, TrainingError
@@ -130,6 +130,23 @@ def test_dense_stage_writes_its_results_and_is_skipped_when_complete(recipe, cap
     with caplog.at_level(logging.INFO, "pag_retrofit"), each_batch(kill_at(1)):
         assert finetune(tiny)["dense"] == metrics
     assert "complete, skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A\n\nmodel\t: 1\n",
+            "A (family 25, model 17)",
+        ),
+        ("processor\t: 0\nmodel name\t: ARM: v8\n\nprocessor\t: 1\n", "ARM: v8"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, facts: str, name: str
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: facts)
+    assert stages._cpu_model() == name
 
 
 def test_gated_stage_meets_its_budget_and_can_be_loaded(recipe):
