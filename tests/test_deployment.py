@@ -26,7 +26,7 @@ from user_models import MODELS
 
 import pag_retrofit as pag
 from pag_retrofit import kernels, sharing
-from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, either
+from pag_retrofit.demand import EVERYWHERE, Demand, Demands, Grid, Masked, either
 from pag_retrofit.deployment import DeployedNetwork
 from pag_retrofit.execution import (
     Activate,
@@ -43,6 +43,7 @@ from pag_retrofit.execution import (
     ResultMemory,
     Source,
     Step,
+    Values,
     Weigh,
     demands_of,
 )
@@ -337,10 +338,14 @@ def test_lines_of_neighbours_do_not_compete(channels: int) -> None:
     deployed, x = pag.deploy(pixel), torch.randn(2, 3, 5, 6)
     close(deployed(x), pixel(x))
     program, _ = next(iter(deployed._programs.values()))
-    between, last = (s.buffer for s in program.steps if isinstance(s, Allocate))
-    step = channels + between.gap
+    first, last = (s for s in program.steps if isinstance(s, Allocate))
+    between, step = first.buffer, channels + first.buffer.gap
     assert (step * 4 * 2) % 4096 and between.gap == (0 if channels == 500 else 16)
-    assert between.floats == 2 * 5 * 6 * step and last.gap == 0
+    assert between.floats == 2 * 5 * 6 * step and last.buffer.gap == 0
+    values = Values({}, Memory(between.floats), apart=())
+    first.run(values, Demands(values), EVERYWHERE)
+    assert values[first.writes].stride() == (5 * 6 * step, 1, 6 * step, step)
+    assert len(values.memory.blocks) == 1
 
 
 # --- what it is given -----------------------------------------------------------------------------
