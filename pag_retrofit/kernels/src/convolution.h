@@ -86,8 +86,8 @@ constexpr int WEIGHT_BYTES = 3;
 constexpr int HALF = PAG_NARROW;                 // columns
 constexpr int HALF_BYTES = HALF * WEIGHT_BYTES;  // of a row of one half
 // Bytes that are asked for before: as much as comes from memory while few pixels make short steps. They
-// are to come as far as the second cache: the first one can wait for few lines at a time (24 on Zen 4),
-// and has few places for them.
+// are to come as far as the second cache: the first one waits for few lines at a time, and has few
+// places for them.
 constexpr int AHEAD = 128 * HALF_BYTES;
 constexpr int NEXT = 16 * HALF_BYTES;  // from the second cache to the first
 
