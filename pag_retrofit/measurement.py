@@ -257,13 +257,18 @@ def measure(gated: nn.Module) -> Iterator[Measurement]:
         counted[0] = counter.macs
 
     def after(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        result._finish_pass(counter.macs - counted[0])
+        with counter.paused():
+            result._finish_pass(counter.macs - counted[0])
+
+    def observe(gate: Gate, inputs: tuple[Any, ...], decision: Tensor) -> None:
+        with counter.paused():
+            result._observe(gate, inputs, decision)
 
     handles = [
         gated.register_forward_pre_hook(before, with_kwargs=True),
         gated.register_forward_hook(after),
     ]
-    handles += [gate.register_forward_hook(result._observe) for _, gate in named_gates(gated)]
+    handles += [gate.register_forward_hook(observe) for _, gate in named_gates(gated)]
     try:
         with counter:
             yield result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -24,7 +25,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils.flop_counter import flop_registry
 
 from pag_retrofit.errors import PagError
@@ -81,6 +86,12 @@ _FUSED: dict[Any, Callable[..., int]] = {
 """Operators of the CPU that `torch.utils.flop_counter` has no formula for."""
 
 
+@functools.cache
+def _is_composite(operator: Any) -> bool:
+    """Whether an operator is made of others on every device."""
+    return operator is not torch.ops.prim.device.default and bool(operator._can_decompose())
+
+
 class MacCounter(TorchDispatchMode):
     """Counts multiply-accumulates by the formulas of `torch.utils.flop_counter`.
 
@@ -103,17 +114,22 @@ class MacCounter(TorchDispatchMode):
         """Run an operator and count it."""
         kwargs = kwargs or {}
         flops, macs = flop_registry.get(func._overloadpacket), _FUSED.get(func._overloadpacket)
-        if flops is macs is None and func is not torch.ops.prim.device.default:
+        if flops is macs is None and _is_composite(func):
             with self:  # in inference mode, operators made of others arrive here whole
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if macs is not None:
             self.macs += macs(*args, **kwargs)
         elif flops is not None:
             self.macs += flops(*args, **kwargs, out_val=result) // 2
         return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, operators run as fast as without it; those within another mode are counted on."""
+        innermost = _get_current_dispatch_mode() is self
+        with _pop_mode_temporarily() if innermost else contextlib.nullcontext():
+            yield
 
 
 class Observation:
@@ -318,15 +334,21 @@ def export_network(model: nn.Module, example: Tensor) -> NetworkGraph:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Silence what torch says of a network that it cannot follow: one line says it later."""
+    """Silence what torch says of a network that it cannot follow: one line says it later.
+
+    Nor are stack traces kept of every node: to make them takes long, and nobody reads them.
+    """
     disabled = logging.root.manager.disable
+    traceless = getattr(fx.config, "do_not_emit_stack_traces", False)  # not in every release
     logging.disable(logging.ERROR)
+    fx.config.do_not_emit_stack_traces = True
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        fx.config.do_not_emit_stack_traces = traceless
 
 
 def _first_line(error: Exception) -> str:

@@ -153,7 +153,8 @@ def multitask_recipe(folder, *overrides):
         f"""name: several
 output: {folder / "out"}
 stages: [dense, gated]
-model: {{name: Unet, arguments: {{encoder_name: resnet18, classes: 10}}}}
+model: {{name: Unet, arguments: {{encoder_name: tu-test_resnet, encoder_weights: null,
+        classes: 10}}}}
 data: {{name: scenes, train_count: 4, val_count: 3, size: [64, 64], crop: [64, 64],
        batch_size: 2, eval_batch_size: 2}}
 task: {{name: multitask, tasks: [segmentation, depth, normals], weights: [1, 2, 0.5]}}

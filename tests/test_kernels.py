@@ -27,7 +27,7 @@ from pag_retrofit import functional as pf
 from pag_retrofit import kernels
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import POINTWISE, Window
-from pag_retrofit.kernels import Taps, native, operators, reference
+from pag_retrofit.kernels import Taps, native, operators, perforated, reference
 from pag_retrofit.kernels.arguments import ConvolutionArguments
 from pag_retrofit.kernels.packing import (
     compress,
@@ -1532,6 +1532,20 @@ def test_what_is_computed_in_digits() -> None:
         assert not kernels.prefers_digits(weight, 1)
     weight[3, 3] = 1000.0
     assert not kernels.prefers_digits(weight, 1)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 1.0])
+def test_even_weights_are_near_the_middle_of_their_channel(zeros: float) -> None:
+    """The middle one of those that are not zero; the lower of two."""
+    found = set()
+    for count in range(1, 40):
+        weight = torch.randn(3, count, 1, 1) ** 3 * (torch.rand(3, count, 1, 1) >= zeros)
+        sizes = weight.abs().flatten(1)
+        middle = sizes.where(sizes > 0, torch.nan).nanmedian(1).values
+        even = not bool((sizes.amax(1) > 128 * middle).any())
+        assert perforated._is_even(weight) == even
+        found.add(even)
+    assert found == ({True} if zeros == 1 else {True, False})
 
 
 def test_transforming_keeps_every_weight() -> None:

@@ -146,6 +146,20 @@ def test_passes_accumulate(gated: nn.Module) -> None:
     assert both.open_rates["block"] == pytest.approx(opened / sum(pixels.values()))
 
 
+@torch.no_grad()
+def test_other_modes_count_beside_it(gated: nn.Module) -> None:
+    """Around it, and between it and the network."""
+    x = torch.randn(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as around, pag.override_gates(gated, 0.3):
+        with pag.measure(gated) as alone:
+            gated(x)
+        first = around.get_total_flops()
+        with pag.measure(gated) as outer, FlopCounterMode(display=False) as between:
+            gated(x)
+    assert outer.macs == alone.macs and outer.total_macs == alone.total_macs > 0
+    assert first == between.get_total_flops() == around.get_total_flops() - first > 0
+
+
 def test_training_passes_count_too(gated: nn.Module) -> None:
     gated.train()
     with pag.measure(gated) as m:

@@ -36,7 +36,8 @@ output: {output}
 stages: [dense]
 model:
   name: Unet
-  arguments: {{encoder_name: resnet18, decoder_channels: [16, 16, 8, 8, 8], classes: 6}}
+  arguments: {{encoder_name: tu-test_resnet, encoder_weights: null,
+              decoder_channels: [16, 16, 8, 8, 8], classes: 6}}
 data: {{name: scenes, train_count: 7, val_count: 3, size: [64, 64], crop: [64, 64],
        batch_size: 2, eval_batch_size: 2}}
 dense: {{epochs: 2, lr: 1e-3}}
@@ -172,7 +173,7 @@ def test_gated_stage_meets_its_budget_and_can_be_loaded(recipe):
 
 
 def test_average_and_multipool_are_stages_of_one_recipe(recipe):
-    pools = "{include: [], multipool: {dilations: [1, 2], sites: [encoder.layer4.1.*]}}"
+    pools = "{include: [], multipool: {dilations: [1, 2], sites: ['encoder.model.layer2.0.conv?']}}"
     tiny = recipe("stages=[dense, average, gated]", "dense.epochs=1", "gated.epochs=1",
                   f"gated.retrofit={pools}", "gated.budgets=[1.0]")  # fmt: skip
     results = finetune(tiny)
@@ -185,7 +186,10 @@ def test_average_and_multipool_are_stages_of_one_recipe(recipe):
     loaded = from_pretrained(tiny.output / "gated-1.00")
     with measure(loaded) as measured:
         loaded(torch.rand(1, 3, 64, 64))
-    assert set(measured.branch_maps) == {"encoder.layer4.1.conv1", "encoder.layer4.1.conv2"}
+    assert set(measured.branch_maps) == {
+        "encoder.model.layer2.0.conv1",
+        "encoder.model.layer2.0.conv2",
+    }
 
 
 def test_baselines_are_stages_at_every_budget(recipe):
@@ -572,11 +576,11 @@ def test_encoder_weights_that_do_not_fit_are_named(recipe, tmp_path):
     path = tmp_path / "encoder.safetensors"
     model = recipe().model.model_copy(update={"encoder_checkpoint": path})
 
-    save_tensors({k: v for k, v in weights.items() if k != "conv1.weight"}, path)
-    with pytest.raises(CheckpointError, match=r"1 missing \(conv1.weight\)"):
+    save_tensors({k: v for k, v in weights.items() if k != "model.bn1.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"1 missing \(model.bn1.weight\)"):
         build_network(model)
-    save_tensors({**weights, "conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
-    with pytest.raises(CheckpointError, match=r"conv1.weight \(64, 1, 7, 7\) instead of"):
+    save_tensors({**weights, "model.bn1.weight": torch.zeros(5)}, path)
+    with pytest.raises(CheckpointError, match=r"bn1.weight \(5,\) instead of"):
         build_network(model)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot read the weights"):
