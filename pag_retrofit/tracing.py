@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import config as fx_config
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
@@ -339,16 +340,16 @@ def quietly() -> Iterator[None]:
     Nor are stack traces kept of every node: to make them takes long, and nobody reads them.
     """
     disabled = logging.root.manager.disable
-    traceless = getattr(fx.config, "do_not_emit_stack_traces", False)  # not in every release
+    traceless = getattr(fx_config, "do_not_emit_stack_traces", False)  # not in every release
     logging.disable(logging.ERROR)
-    fx.config.do_not_emit_stack_traces = True
+    fx_config.do_not_emit_stack_traces = True
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        fx.config.do_not_emit_stack_traces = traceless
+        fx_config.do_not_emit_stack_traces = traceless
 
 
 def _first_line(error: Exception) -> str:
