@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -291,6 +292,16 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(gated(x), model(x))
     with pag.override_gates(gated):
         assert gated(x).dtype == dtype
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_settings_of_torch_come_back(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "do_not_emit_stack_traces"
+    monkeypatch.setattr(torch.fx.config, name, kept, raising=False)
+    silenced = logging.root.manager.disable
+    gate_all(CustomNet(), (1, 3, 32, 32))
+    assert getattr(torch.fx.config, name) == kept
+    assert logging.root.manager.disable == silenced
 
 
 # --- closed gates ---------------------------------------------------------------------------------
