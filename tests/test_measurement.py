@@ -160,6 +160,30 @@ def test_other_modes_count_beside_it(gated: nn.Module) -> None:
     assert first == between.get_total_flops() == around.get_total_flops() - first > 0
 
 
+@torch.no_grad()
+def test_what_measuring_does_itself_is_not_counted(
+    gated: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take as long as a small network; a mode of others' sees all the same."""
+    seen: list[MacCounter] = []
+    x, count = torch.randn(1, 3, 32, 32), MacCounter.__torch_dispatch__
+
+    def watch(self: MacCounter, func: Any, *rest: Any) -> Any:
+        seen.append(self)
+        return count(self, func, *rest)
+
+    monkeypatch.setattr(MacCounter, "__torch_dispatch__", watch)
+    with MacCounter():
+        gated(x)
+    of_the_network = len(seen)
+    with pag.measure(gated):
+        gated(x)
+    assert len(seen) == 2 * of_the_network > 0
+    with pag.measure(gated), MacCounter() as between:
+        gated(x)
+    assert seen.count(between) > of_the_network
+
+
 def test_training_passes_count_too(gated: nn.Module) -> None:
     gated.train()
     with pag.measure(gated) as m:
