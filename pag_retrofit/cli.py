@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from pag_retrofit.errors import PagError
+
+if TYPE_CHECKING:
+    from pag_retrofit.latency import Comparison
 
 app = typer.Typer(
     help="Gate a pretrained CNN, fine-tune it to a compute budget, evaluate it.",
@@ -203,7 +208,31 @@ benchmark = typer.Typer(help="Measures on this machine.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
 
 
-@benchmark.command()
+class _SeveralValues(TyperCommand):
+    """A command without arguments, some of whose options take several values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, each of those options with all its values as one word."""
+        return super().parse_args(ctx, _joined(args, ("--density", "--threads", "--runtimes")))
+
+
+def _joined(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """The words, where values of an option, by spaces or the option itself apart, are by commas."""
+    given: dict[str, list[str]] = {}
+    rest: list[str] = []
+    values = rest
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in options:
+            values = given.setdefault(name, [])
+            values += [value] if equals else []
+        else:
+            values = rest if word.startswith("--") else values
+            values.append(word)
+    return [*rest, *(f"{name}={','.join(values)}" for name, values in given.items())]
+
+
+@benchmark.command(cls=_SeveralValues)
 def latency(
     model: Annotated[
         str,
@@ -214,16 +243,20 @@ def latency(
     ],
     input_shape: Annotated[str, typer.Option("--input", help="such as 1x3x384x480")],
     density: Annotated[
-        str, typer.Option(help="densities of made-up masks")
+        str, typer.Option(help="densities of made-up masks, apart by spaces or commas")
     ] = "1.0,0.9,0.7,0.5,0.3,0.1",
     pattern: Annotated[str, typer.Option(help="of made-up masks: blobs, random, rows")] = "blobs",
-    threads: Annotated[int, typer.Option(min=1, help="of every variant")] = 1,
+    threads: Annotated[
+        str, typer.Option(help="of every variant; several numbers, such as 1 2, in turn")
+    ] = "1",
     rounds: Annotated[int, typer.Option(min=2, help="how often each variant is called")] = 20,
     runtimes: Annotated[
-        str, typer.Option(help="dense runtimes to compare with")
+        str, typer.Option(help="dense runtimes to compare with, apart by spaces or commas")
     ] = "eager,channels_last,compile,onnxruntime,openvino",
     backend: Annotated[str, typer.Option(help="of the deployed network")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print JSON; of several numbers of threads a list")
+    ] = False,
 ) -> None:
     """Times a deployed network against dense runtimes of the original one, side by side."""
     import torch
@@ -231,28 +264,47 @@ def latency(
     from pag_retrofit.latency import compare_latency
 
     shape = _shape(input_shape)
-    try:
-        densities = [float(part) for part in density.split(",")]
-    except ValueError as error:
-        raise PagError(f"--density {density!r}: expected numbers, such as 1.0,0.5") from error
+    densities = _numbers("--density", density, "1.0 0.5")
+    counts = _numbers("--threads", threads, "1 2")
+    if not all(count >= 1 and count.is_integer() for count in counts):
+        raise PagError(f"--threads {threads!r}: expected whole numbers from 1 on, such as 1 2")
     torch.manual_seed(0)
     with _err.status("building"):
         gated = _gated_network(model, shape)
-    with _err.status("timing"):
-        compared = compare_latency(
-            gated,
-            torch.randn(shape),
-            densities=densities,
-            pattern=pattern,
-            runtimes=[name for name in runtimes.split(",") if name],
-            backend=backend,
-            threads=threads,
-            rounds=rounds,
-        )
+    image = torch.randn(shape)
+    comparisons = []
+    for count in counts:
+        with _err.status(f"timing, threads: {count:g}"):
+            comparisons.append(
+                compare_latency(
+                    gated,
+                    image,
+                    densities=densities,
+                    pattern=pattern,
+                    runtimes=[name for name in runtimes.split(",") if name],
+                    backend=backend,
+                    threads=int(count),
+                    rounds=rounds,
+                )
+            )
     if as_json:
-        _out.print_json(data=compared.to_dict())
+        found = [compared.to_dict() for compared in comparisons]
+        _out.print_json(data=found if len(found) > 1 else found[0])
         return
-    table = Table("variant", "ms", "10 % - 90 %", "compute", "speed-up", "efficiency")
+    for compared in comparisons:
+        _print_comparison(compared)
+
+
+def _numbers(option: str, text: str, example: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise PagError(f"{option} {text!r}: expected numbers, such as {example}") from error
+
+
+def _print_comparison(compared: Comparison) -> None:
+    columns = ("variant", "ms", "10 % - 90 %", "compute", "speed-up", "efficiency")
+    table = Table(*columns, title=f"threads: {compared.threads}")
     for variant in compared.variants:
         table.add_row(
             variant.name,

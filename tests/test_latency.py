@@ -119,10 +119,36 @@ def test_the_command_prints_json_or_a_table(gated: nn.Module, tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("several", "densities", "threads"),
+    [
+        (("--density", "1.0", "0.5", "--threads", "1", "2"), ["1", "0.5"], [1, 2]),
+        (("--density", "1.0,0.5", "--threads=1,2"), ["1", "0.5"], [1, 2]),
+        (("--density", "1", "--threads", "2", "--density=0.5", "0.3"), ["1", "0.5", "0.3"], [2]),
+    ],
+)
+def test_options_take_several_values(
+    several: tuple[str, ...], densities: list[str], threads: list[int]
+) -> None:
+    few = ("--runtimes", "eager", "channels_last", "--rounds", "2", "--backend", "auto", "--json")
+    done = run("--model", "timm:test_resnet", "--input", "1x3x32x32", *several, *few)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    found = found if len(threads) > 1 else [found]
+    assert [comparison["threads"] for comparison in found] == threads
+    for comparison in found:
+        names = [variant["name"] for variant in comparison["variants"]]
+        assert names[:2] == ["eager", "channels_last"]
+        assert names[5:] == [f"deployed blobs {density}" for density in densities]
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (("--model", "resnet18"), "timm:NAME"),
         (("--model", "timm:resnet18", "--density", "half"), "half"),
+        (("--model", "timm:resnet18", "--density"), "--density ''"),
+        (("--model", "timm:resnet18", "--threads", "1", "0"), "1,0"),
+        (("--model", "timm:resnet18", "--threads", "1.5"), "1.5"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[str, ...], word: str) -> None:
