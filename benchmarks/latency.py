@@ -67,6 +67,7 @@ CASES = (
     Case("timm:resnext50_32x4d", "1x3x224x224"),
     Case("timm:resnet50", "8x3x224x224"),
     Case("timm:convnext_tiny", "8x3x224x224"),
+    Case("timm:mobilenetv2_100", "8x3x224x224"),
     Case("smp:Unet:resnet34", "1x3x384x480", pattern="random"),
     Case("smp:Unet:resnet34", "1x3x384x480", threads=2),
     Case("timm:resnet50", "1x3x224x224", threads=2),

@@ -489,20 +489,34 @@ class MaxPool(Step):
 
 
 @dataclass(kw_only=True)
-class PoolAtOnce(Step):
-    """Let the convolutions that follow be pooled as they are computed.
+class MakeLists(Step):
+    """List the pixels of a map that convolutions will compute.
 
     Args:
-        convolutions: The steps that follow, up to the `MaxPool` of the map that they write.
+        convolutions: Steps that follow and write the map.
     """
 
     convolutions: tuple[Convolve, ...]
 
     def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
-        """Make the lists of all, so that nothing is to be done between them."""
+        """Make the lists; those who need them later find them."""
         for step in self.convolutions:
             demands.listed(both(demanded, step.where))
-        kernels.pool_at_once(len(self.convolutions))
+
+
+@dataclass(kw_only=True)
+class InBands(Step):
+    """Let the convolutions that follow be computed a few rows at a time.
+
+    Args:
+        stages: How many write each map; the last one may be a pool.
+    """
+
+    stages: tuple[int, ...]
+
+    def run(self, values: Values, demands: Demands, demanded: Demand) -> None:
+        """Announce them."""
+        kernels.in_bands(self.stages)
 
 
 @dataclass(kw_only=True)
@@ -1103,7 +1117,7 @@ class _Recording:
 
 _BY_KERNELS = (
     Allocate, Convolve, Interpolate, Activate, MaxPool, Resize, Normalize, NormalizeGroups, Average,
-    Weigh, PoolAtOnce,
+    Weigh, MakeLists, InBands,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch.export.graph_signature import ConstantArgument
 
 from pag_retrofit import kernels
 from pag_retrofit.aliasing import may_give_a_view
+from pag_retrofit.bands import in_bands
 from pag_retrofit.demand import EVERYWHERE, Demand, Grid, Masked, both
 from pag_retrofit.execution import (
     Activate,
@@ -63,7 +64,7 @@ from pag_retrofit.locality import Node, conv_arguments, pair
 from pag_retrofit.multipool import BranchSelector
 from pag_retrofit.ordering import put_off
 from pag_retrofit.policies import InputFreeGate, LayerGate
-from pag_retrofit.sharing import activate_early, pool_at_once, weigh_together
+from pag_retrofit.sharing import activate_early, weigh_together
 
 _TRANSPARENT = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh_copy", "identity"})
 _DROPOUTS = frozenset({"dropout", "feature_dropout"})
@@ -261,7 +262,7 @@ class _Lowering:
         used = {name for step in self.state.steps for name in step.reads()}
         used |= {output.name for output in outputs if isinstance(output, Value)}
         steps = put_off(activate_early(self.state.steps, outputs), outputs)
-        steps = pool_at_once(weigh_together(steps), outputs)
+        steps = in_bands(weigh_together(steps), outputs)
         return Program(
             steps,
             self.inputs,

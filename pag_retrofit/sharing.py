@@ -6,9 +6,6 @@ weighed again.
 
 Activations: a shortcut that is interpolated, and then added to at open pixels, is activated as it
 is interpolated, and at open pixels by the convolution that adds.
-
-Pools: what is pooled, and nothing else reads, is pooled while it is in the cache, a few rows after
-they were computed.
 """
 
 from __future__ import annotations
@@ -28,13 +25,10 @@ from pag_retrofit.execution import (
     Convolve,
     Decide,
     Interpolate,
-    MaxPool,
-    PoolAtOnce,
     Source,
     Step,
     Value,
     Weigh,
-    masks_of,
 )
 
 _LEAST = 1 << 19  # floats of a map; smaller ones lie in the cache of a core, and are read fast
@@ -200,47 +194,3 @@ def _add_before_activation(steps: Sequence[Step]) -> bool:
         and step.layer.activation == "none"
         for step in steps
     )
-
-
-def pool_at_once(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Step]:
-    """Let maps that only a pool reads be pooled as they are computed.
-
-    Args:
-        steps: Of a program, in order.
-        outputs: Of the program.
-
-    Returns:
-        The steps, with a `PoolAtOnce` before each run of convolutions that may be pooled.
-    """
-    result = list(steps)
-    for step in steps:
-        if isinstance(step, MaxPool) and Value(step.source) not in outputs:
-            convolutions = _pooled(result, step)
-            if convolutions:
-                place = result.index(convolutions[0])
-                marked = PoolAtOnce(writes=step.source, convolutions=tuple(convolutions))
-                result.insert(place, marked)
-    return result
-
-
-def _pooled(steps: list[Step], pool: MaxPool) -> list[Convolve]:
-    """Convolutions that write what a pool alone reads, one after the other; or none."""
-    writing = [step for step in steps if step.writes == pool.source]
-    if not writing:  # an input
-        return []
-    convolutions = [step for step in writing if isinstance(step, Convolve)]
-    first, readers = writing[0], [step for step in steps if pool.source in step.reads()]
-    plain = isinstance(first, Allocate) and _is_free(first)
-    if not plain or len(convolutions) != len(writing) - 1 or not convolutions or readers != [pool]:
-        return []
-    begin, end = steps.index(convolutions[0]), steps.index(pool)
-    between = [s for s in steps[begin:end] if not (isinstance(s, Allocate) and _is_free(s))]
-    known = {step.writes for step in steps[:begin]}
-    masks = masks_of(*(step.where for step in convolutions))
-    alone = all(not step.accumulate and step.residual is None for step in convolutions)
-    return convolutions if between == convolutions and alone and known.issuperset(masks) else []
-
-
-def _is_free(step: Allocate) -> bool:
-    """Whether an allocation touches no memory."""
-    return not step.copied and not step.zero

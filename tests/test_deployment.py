@@ -35,9 +35,9 @@ from pag_retrofit.execution import (
     Call,
     Convolve,
     Decide,
+    InBands,
     Interpolate,
     Memory,
-    PoolAtOnce,
     Range,
     Resize,
     ResultMemory,
@@ -1116,18 +1116,55 @@ def test_a_shortcut_is_activated_as_it_is_interpolated(also_read: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_map_that_is_only_pooled_is_pooled_at_once() -> None:
+def test_a_map_that_is_only_pooled_is_pooled_in_bands() -> None:
     for model, expected in (
-        (timm.create_model("resnet18", layers=ONE_EACH), 1),
-        (smp.Unet("resnet18", encoder_weights=None), 0),  # its decoder reads the map, too
+        (timm.create_model("resnet18", layers=ONE_EACH), [(2, 1)]),  # open pixels, and others
+        (smp.Unet("resnet18", encoder_weights=None), []),  # its decoder reads the map, too
     ):
         gated = gate_all(randomize(model))
-        deployed, x = pag.deploy(gated), torch.randn(SHAPE)
+        deployed, x = pag.deploy(gated), torch.randn(1, 3, 160, 256)
         for density in (1.0, 0.5, 0.1, 0.0):
             agree(gated, deployed, x, density)
             agree(gated, deployed, x, density)
-        marks = [step for step in steps_of(deployed) if isinstance(step, PoolAtOnce)]
-        assert len(marks) == expected
+        assert [s.stages for s in steps_of(deployed) if isinstance(s, InBands)] == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.no_grad()
+def test_inverted_bottlenecks_are_computed_in_bands(threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = randomize(timm.create_model("mobilenetv2_050"))
+    gated = gate_all(model, exclude=("conv_stem", "blocks.0.*", "blocks.1.0.*"))
+    deployed, x = pag.deploy(gated), torch.randn(2, 3, 192, 224)
+    for density in (1.0, 0.5, 0.1, 0.0):
+        for pattern in ("blobs", "random"):
+            agree(gated, deployed, x, density, pattern)
+            agree(gated, deployed, x, density, pattern)
+    marks = [step.stages for step in steps_of(deployed) if isinstance(step, InBands)]
+    assert marks[:2] == [(1, 1, 1), (1, 1, 1)]  # dense: the stem's, and the first that is wide
+    assert (1, 1, 1) in marks[2:]  # a residual branch
+
+
+@torch.no_grad()
+def test_maps_that_others_read_are_not_computed_in_bands() -> None:
+    class Network(nn.Module):
+        def __init__(self, also_read: bool) -> None:
+            super().__init__()
+            self.expand, self.next = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64)
+            self.also_read = also_read
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = self.expand(x).relu()
+            result: Tensor = self.next(wide)
+            return result + wide.mean() if self.also_read else result
+
+    x = torch.randn(1, 3, 64, 130)
+    for also_read in (False, True):
+        network = Network(also_read).eval()
+        deployed = pag.deploy(network)
+        close(deployed(x), network(x))
+        close(deployed(x), network(x))
+        assert len([s for s in steps_of(deployed) if isinstance(s, InBands)]) == (not also_read)
 
 
 class Inverted(nn.Module):

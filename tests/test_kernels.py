@@ -1597,7 +1597,7 @@ class Pooled:
         lists = [kernels.PixelList(*native.list_pixels(mask, wanted)) for wanted in (True, False)]
         tape = kernels.Tape()
         with kernels.record_on(tape):
-            kernels.pool_at_once(len(layers))
+            kernels.in_bands([len(layers), 1])
             for layer, listed in zip(layers, lists, strict=True):
                 layer(between, x, listed)
             kernels.max_pool(out, between, self.window)
@@ -1606,7 +1606,7 @@ class Pooled:
 
 
 @needs_library
-class TestPoolAtOnce:
+class TestPoolsInBands:
     @pytest.mark.parametrize("threads", [1, 3])
     @pytest.mark.parametrize("pattern", MASKS)
     @pytest.mark.parametrize(
@@ -1660,6 +1660,230 @@ class TestPoolAtOnce:
         between.fill_(math.nan)
         kernels.replay(tape)
         assert torch.equal(out, expected) and not between.isnan().any()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One stage of a run of convolutions: square, with a mask of its own to what it computes."""
+
+    channels: int
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    padded: bool = True
+
+    @property
+    def window(self) -> Window:
+        """In both directions alike."""
+        padding = (self.kernel - 1) * self.dilation // 2 if self.padded else 0
+        n = (self.kernel, self.stride, self.dilation, padding)
+        return Window(*((value, value) for value in n))
+
+    def convolution(self, channels: int, winograd: bool = False) -> kernels.PerforatedConvolution:
+        """With random weights."""
+        groups = self.channels if self.depthwise else 1
+        return kernels.PerforatedConvolution(
+            torch.randn(self.channels, channels // groups, self.kernel, self.kernel)
+            / (channels // groups * self.kernel**2) ** 0.5,
+            torch.randn(self.channels),
+            window=self.window,
+            groups=groups,
+            activation="relu6",
+            winograd=winograd,
+        )
+
+
+INVERTED = (Layer(96), Layer(96, 3, depthwise=True), Layer(24))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Convolutions that read one another, at the pixels that the last one asks for."""
+
+    layers: tuple[Layer, ...] = INVERTED
+    size: tuple[int, int] = (30, 300)
+    channels: int = 24
+    mask: str = ""  # "": every pixel, without lists
+    in_place: bool = False
+    winograd: bool = False
+
+    def record(self) -> Recorded:
+        """A first pass."""
+        x, maps, windows = torch.randn(2, *self.size, self.channels), [], []
+        convolutions, channels, size = [], self.channels, self.size
+        for layer in self.layers:
+            convolutions.append(layer.convolution(channels, self.winograd and not layer.depthwise))
+            window, channels = layer.window, layer.channels
+            sizes = [size]
+            size = tuple(
+                (n + 2 * p - (k - 1) * d - 1) // s + 1
+                for n, k, s, d, p in zip(size, *window[:4], strict=True)
+            )
+            windows.append((window, sizes[0]))
+            maps.append(torch.zeros(2, *size, channels))
+        if self.in_place:
+            maps[-1] = x
+        lists: list[kernels.PixelList | None] = [None] * len(maps)
+        if self.mask:
+            needed = mask_of(self.mask, (2, *size), 0)
+            for at in reversed(range(len(maps))):
+                lists[at] = kernels.list_pixels(needed)
+                needed = kernels.needed_inputs(needed, *windows[at])
+        kept, tape = x.clone(), kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.in_bands([1] * len(maps))
+            read = x
+            for convolution, written, listed in zip(convolutions, maps, lists, strict=True):
+                adds = self.in_place and written is x
+                convolution(written, read, listed, epilogue=kernels.Epilogue(accumulate=adds))
+                read = written
+        return Recorded(tape, x, kept, maps)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A tape, what its input was, and what it writes."""
+
+    tape: kernels.Tape
+    x: Tensor
+    kept: Tensor
+    maps: list[Tensor]
+
+    def check(self, banded: bool) -> None:
+        """Replays give what the first pass gave, and leave maps between alone if `banded`."""
+        out, between = self.maps[-1], self.maps[:-1]
+        expected = out.clone()
+        for _ in range(2):
+            out.zero_()
+            self.x.copy_(self.kept)
+            for written in between:
+                written.fill_(math.nan)
+            kernels.replay(self.tape)
+            assert torch.equal(out, expected)
+            left = [bool(written.isnan().all()) for written in between]
+            assert left == [banded] * len(left)
+
+
+@needs_library
+class TestConvolutionsInBands:
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize("mask", ["", "all", "checkerboard", "random"])
+    @pytest.mark.parametrize(
+        "layers",
+        [
+            INVERTED,
+            (Layer(96), Layer(96, 3, stride=2, depthwise=True), Layer(24)),
+            (Layer(96), Layer(96, 5, depthwise=True)),
+            (Layer(96, 3, stride=2), Layer(96, 3, depthwise=True), Layer(16), Layer(96)),
+            (Layer(96), Layer(96, 3, dilation=2, depthwise=True), Layer(24)),
+            (Layer(96), Layer(96, 3, padded=False, depthwise=True), Layer(32, 3)),
+        ],
+    )
+    def test_maps_between_need_not_be_written(
+        self, threads: int, mask: str, layers: tuple[Layer, ...]
+    ) -> None:
+        torch.set_num_threads(threads)
+        Chain(layers, (60, 300), mask=mask).record().check(banded=True)
+
+    def test_tiles_of_listed_pixels(self) -> None:
+        layers = (Layer(96, 3), Layer(96, 3, depthwise=True), Layer(32, 3))
+        Chain(layers, mask="random", winograd=True).record().check(banded=True)
+        Chain(layers, winograd=True).record().check(banded=False)  # begin at even rows
+
+    @pytest.mark.parametrize("mask", ["", "random"])
+    def test_a_branch_is_added_in_place(self, mask: str) -> None:
+        torch.set_num_threads(1)
+        Chain(mask=mask, in_place=True).record().check(banded=True)
+        wide = (Layer(96, 3), Layer(96, 3, depthwise=True), Layer(24))  # sees rows that are gone
+        recorded = Chain(wide, mask=mask, in_place=True).record()
+        recorded.maps[1:-1] = []
+        recorded.check(banded=True)
+
+    @pytest.mark.parametrize("mask", ["", "random"])
+    def test_threads_do_not_overwrite_what_others_read(self, mask: str) -> None:
+        torch.set_num_threads(4)
+        recorded = Chain(mask=mask, in_place=True).record()
+        recorded.maps[1:-1] = []  # is written, and then added
+        recorded.check(banded=True)
+
+    def test_a_result_may_lie_across_the_input(self) -> None:
+        torch.set_num_threads(1)
+        expand, depthwise, project = (layer.convolution(c) for layer, c in zip(
+            INVERTED, (24, 96, 96), strict=True
+        ))  # fmt: skip
+        memory = torch.randn(31 * 300 * 24)
+        line = 300 * 24
+        x, out = memory[:-line].view(1, 30, 300, 24), memory[line:].view(1, 30, 300, 24)
+        first, second = torch.zeros(1, 30, 300, 96), torch.zeros(1, 30, 300, 96)
+        kept, tape = memory.clone(), kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.in_bands([1, 1, 1])
+            expand(first, x)
+            depthwise(second, first)
+            project(out, second)
+        expected = out.clone()
+        memory.copy_(kept)
+        first.fill_(math.nan)
+        kernels.replay(tape)
+        assert torch.equal(out, expected) and first.isnan().all()
+
+    def test_small_maps_stay_in_the_cache_anyway(self) -> None:
+        Chain(size=(12, 20)).record().check(banded=False)
+        Chain(mask="single").record().check(banded=False)
+
+    def test_wide_rows_do_not_fit(self) -> None:
+        Chain(size=(2, 20_000)).record().check(banded=False)
+
+    def test_other_calls_are_made_one_after_the_other(self) -> None:
+        x, first, out = (torch.randn(1, 60, 300, n) for n in (24, 96, 96))
+        expand, depthwise = (layer.convolution(c) for layer, c in zip(
+            INVERTED[:2], (24, 96), strict=True
+        ))  # fmt: skip
+        for stages in ([1], [1, 2], [2, 1], [1, 1, 1, 1]):
+            tape = kernels.Tape()
+            with kernels.record_on(tape):
+                kernels.in_bands(stages)
+                expand(first, x)
+                depthwise(out, first)
+            expected = out.clone()
+            first.fill_(math.nan)
+            kernels.replay(tape)
+            assert torch.equal(out, expected) and not first.isnan().any()
+
+
+@needs_library
+@given(
+    st.lists(
+        st.builds(
+            Layer,
+            channels=st.sampled_from([40, 64, 96]),
+            kernel=st.integers(1, 5),
+            stride=st.integers(1, 3),
+            dilation=st.integers(1, 2),
+            padded=st.booleans(),
+        ),
+        min_size=2,
+        max_size=4,
+    ),
+    st.tuples(st.integers(30, 60), st.integers(200, 300)),
+    st.sampled_from(["", *MASKS]),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_convolutions_in_bands(
+    layers: list[Layer], size: tuple[int, int], mask: str, threads: int, depthwise: bool
+) -> None:
+    torch.set_num_threads(threads)
+    second = replace(layers[1], channels=layers[0].channels, depthwise=depthwise)
+    recorded = Chain((layers[0], second, *layers[2:]), size, mask=mask).record()
+    expected = recorded.maps[-1].clone()
+    recorded.maps[-1].zero_()
+    for written in recorded.maps[:-1]:
+        written.fill_(math.nan)
+    kernels.replay(recorded.tape)
+    torch.testing.assert_close(recorded.maps[-1], expected)
 
 
 class Block(nn.Module):

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from pag_retrofit.kernels.arguments import ACTIVATIONS, MAX_SOURCES, Taps, is_map
-from pag_retrofit.kernels.native import instruction_set, replay, time_calls, use_instruction_set
+from pag_retrofit.kernels.native import (
+    MOST_STAGES,
+    MOST_TOGETHER,
+    instruction_set,
+    replay,
+    time_calls,
+    use_instruction_set,
+)
 from pag_retrofit.kernels.operators import backend, can_record, using, watched
 from pag_retrofit.kernels.perforated import (
     Epilogue,
@@ -15,6 +22,7 @@ from pag_retrofit.kernels.perforated import (
     gap_between_pixels,
     gate_mask,
     group_norm,
+    in_bands,
     interpolate,
     lay_together,
     layer_norm,
@@ -22,7 +30,6 @@ from pag_retrofit.kernels.perforated import (
     masked_mean,
     max_pool,
     needed_inputs,
-    pool_at_once,
     prefers_compressed,
     prefers_digits,
     prefers_winograd,
@@ -33,6 +40,8 @@ from pag_retrofit.kernels.tape import Tape, contiguous, is_open, record_on, reco
 __all__ = [
     "ACTIVATIONS",
     "MAX_SOURCES",
+    "MOST_STAGES",
+    "MOST_TOGETHER",
     "Epilogue",
     "PerforatedConvolution",
     "PixelList",
@@ -47,6 +56,7 @@ __all__ = [
     "gap_between_pixels",
     "gate_mask",
     "group_norm",
+    "in_bands",
     "instruction_set",
     "interpolate",
     "is_map",
@@ -57,7 +67,6 @@ __all__ = [
     "masked_mean",
     "max_pool",
     "needed_inputs",
-    "pool_at_once",
     "prefers_compressed",
     "prefers_digits",
     "prefers_winograd",

@@ -56,17 +56,18 @@ _COPY = Struct("2P4q")
 _POOL = Struct("6i8iPqPq")
 _RESIZING = Struct("8i4PPqPq")
 _GROUPING = Struct("4iPqPq2Pfif")
-_POOLING = Struct("q")
+_BANDS = Struct("q4q")  # the second as many as MOST_STAGES
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
+MOST_STAGES, MOST_TOGETHER = 4, 4  # that are computed in bands, and calls of each
 
 KINDS = (
     "", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",
-    "copy", "max pool", "activation", "resize", "group norm", "pooling",
+    "copy", "max pool", "activation", "resize", "group norm", "bands",
 )  # of pag_kind  # fmt: skip
 _CONVOLVE, _LAYER_NORM, _MEAN, _INTERPOLATE, _DECIDE = range(1, 6)
 _LIST_PIXELS, _READ, _COMBINE, _COPY_BYTES, _MAX_POOL, _ACTIVATE, _RESIZE = range(6, 13)
-_GROUP_NORM, _POOL_AT_ONCE = 13, 14
+_GROUP_NORM, _IN_BANDS = 13, 14
 OPERATIONS = ("and", "or", "not")  # of pag_operation
 _STRUCTURES = {
     _CONVOLVE: _CONVOLUTION,
@@ -82,7 +83,7 @@ _STRUCTURES = {
     _ACTIVATE: _CHANGED,
     _RESIZE: _RESIZING,
     _GROUP_NORM: _GROUPING,
-    _POOL_AT_ONCE: _POOLING,
+    _IN_BANDS: _BANDS,
 }
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -420,13 +421,9 @@ def max_pool(out: Tensor, x: Tensor, window: tuple[int, ...]) -> None:
     _call(_MAX_POOL, packed, out, x)
 
 
-def pool_at_once(convolutions: int) -> None:
-    """Replays may pool what the next convolutions write as they write it, a few rows at a time.
-
-    The calls that follow have to be these and a max pool; nothing else may read the map in between
-    or later, as it is not written then.
-    """
-    _call(_POOL_AT_ONCE, _POOLING.pack(convolutions))
+def in_bands(stages: Sequence[int]) -> None:
+    """Replays may make the next calls a few rows at a time; see `kernels.in_bands`."""
+    _call(_IN_BANDS, _BANDS.pack(len(stages), *stages, *(0,) * (MOST_STAGES - len(stages))))
 
 
 def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:

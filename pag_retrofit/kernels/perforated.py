@@ -512,15 +512,16 @@ def max_pool(out: Tensor, x: Tensor, window: Window) -> None:
     visible().max_pool(out, x, tuple(number for pair in window[:4] for number in pair))
 
 
-def pool_at_once(convolutions: int) -> None:
-    """Later passes may pool what the next convolutions write while it is in the cache.
+def in_bands(stages: Sequence[int]) -> None:
+    """Later passes may make the next calls a few rows at a time, while these are in the cache.
 
     Args:
-        convolutions: How many; then a `max_pool` has to follow, and nothing else may read the map
-            that it reads.
+        stages: How many calls there are of each, two to four stages of one to four. Those of a
+            stage are convolutions that write one map, which nothing reads but those of the next
+            stage; what is between need not be written. The last one may be a `max_pool`.
     """
     if recording() is not None:
-        native.pool_at_once(convolutions)
+        native.in_bands(stages)
 
 
 def resize(out: Tensor, x: Tensor, rows: Taps, columns: Taps) -> None:

@@ -689,13 +689,13 @@ int pool(const pag_pool* call, int threads) {
   return PAG_OK;
 }
 
-// --- convolutions that are pooled at once ----------------------------------------------------
+// --- in bands --------------------------------------------------------------------------------
 
-// Some rows of a map that is pooled as it is computed: what lies in the cache of a core is neither
+// Some rows of a map that is read as it is computed: what lies in the cache of a core is neither
 // written to memory nor read from there.
 struct Band {
-  float* memory;
-  int64_t line, rows;         // floats of a row; how many fit
+  float* memory = nullptr;
+  int64_t line = 0, rows = 0;  // floats of a row; how many fit
   int64_t begin = 0, end = 0;  // rows that are there, counted through all images
 
   // Where the map would begin.
@@ -712,86 +712,300 @@ struct Band {
   }
 };
 
-// A convolution at those of its listed pixels that lie in rows [begin, end).
-int convolve_rows(const pag_convolution& call, int64_t count, int64_t begin, int64_t end,
-                  float* out) {
-  pag_convolution part = call;
-  const int32_t *first = call.list.pixels, *last = first + count;
-  const int32_t* from = std::lower_bound(first, last, begin * call.out_width);
-  part.list = {from, nullptr, std::lower_bound(from, last, end * call.out_width) - from};
-  part.out = out;
-  return part.list.capacity ? convolve(&part, 1) : PAG_OK;
+// Rows [begin, end) of a map, counted through all images.
+struct Rows {
+  int64_t begin, end;
+};
+
+// Calls that write one map: convolutions, or a pool.
+struct Stage {
+  const pag_convolution* calls[PAG_MOST_TOGETHER];
+  int64_t counts[PAG_MOST_TOGETHER];  // of their pixels
+  int64_t number = 0, touched = 0;    // of calls; of pixels
+  const pag_pool* pool = nullptr;
+  int64_t batch, height, width, stride;  // of the map, and floats from a pixel to the next
+  const float* out;
+  int64_t in_height, step, above, below;  // a row reads from `step` times its number - above to + below
+
+  // What is read for some rows of one image.
+  Rows read(Rows rows) const {
+    const int64_t image = rows.begin / height, top = image * in_height;
+    const int64_t first = (rows.begin - image * height) * step - above;
+    const int64_t last = (rows.end - 1 - image * height) * step + below + 1;
+    return {top + std::clamp<int64_t>(first, 0, in_height), top + std::clamp<int64_t>(last, 0, in_height)};
+  }
+
+  int64_t most_read(int64_t rows) const { return (rows - 1) * step + above + below + 1; }
+};
+
+// Whether a convolution can be done row by row: weights are read anew for each few rows.
+bool can_band(const pag_convolution& call, int64_t count) {
+  const int64_t taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
+  const int64_t weights = taps * call.out_channels * call.channels / call.groups;
+  bool plain = call.list.pixels || !call.winograd;
+  for (int s = 0; s < call.source_count; s++) plain &= call.list.pixels || !call.sources[s].shift;
+  return plain && 2 * (int64_t)sizeof(float) * weights <= weights_budget() &&
+         !(call.residual && call.residual_shift) && !call.scale && !call.input_scale &&
+         !call.activate_if_all && call.compressed != PAG_WHOLE_NUMBERS && count >= 0 &&
+         is_ascending(call.list, count);
 }
 
-// Rows of a pool's output, all images, in bands.
-int pool_rows(const pag_convolution* const* convolutions, const int64_t* counts, int64_t number,
-              const pag_pool& pool, int64_t begin, int64_t end) {
-  const int64_t line = (int64_t)pool.width * pool.in_stride;
-  const int64_t reach = (pool.kernel[0] - 1) * pool.dilation[0] + 1;
-  const int64_t fitting = weights_budget() / (int64_t)sizeof(float) / line;
-  Band band = {nullptr, line, std::max(fitting, reach + pool.stride[0])};
-  band.memory = reinterpret_cast<float*>(
-      thread_band.at_least(whole_lines(band.rows * line * sizeof(float))));
-  if (!band.memory) return PAG_NO_MEMORY;
-  while (begin < end) {
-    const int64_t image = begin / pool.out_height, top = image * pool.height;
-    const int64_t start = begin % pool.out_height * pool.stride[0] - pool.padding[0];
-    const int64_t more = std::max<int64_t>((band.rows - reach) / pool.stride[0], 0);
-    const int64_t until = std::min({begin + more + 1, end, (image + 1) * pool.out_height});
-    const int64_t bottom = start + (until - begin - 1) * pool.stride[0] + reach;
-    const int64_t first = top + std::clamp<int64_t>(start, 0, pool.height);
-    const int64_t last = top + std::clamp<int64_t>(bottom, 0, pool.height);
-    band.move(first, last);
-    for (int64_t i = 0; i < number; i++)
-      if (const int status =
-              convolve_rows(*convolutions[i], counts[i], band.end, last, band.map()))
+bool add_to_stage(const pag_convolution& call, Stage& stage) {
+  const int64_t all = (int64_t)call.batch * call.out_height * call.out_width;
+  const int64_t count = check_list(call.list, all);
+  if (!can_band(call, count)) return false;
+  const int64_t below = (call.kernel[0] - 1) * call.dilation[0] - call.padding[0];
+  if (!stage.number) {
+    stage.batch = call.batch;
+    stage.height = call.out_height;
+    stage.width = call.out_width;
+    stage.stride = call.out_stride;
+    stage.out = call.out;
+    stage.in_height = call.height;
+    stage.step = call.stride[0];
+    stage.above = call.padding[0];
+    stage.below = below;
+  }
+  const bool alike = stage.batch == call.batch && stage.height == call.out_height &&
+                     stage.width == call.out_width && stage.stride == call.out_stride &&
+                     stage.out == call.out && stage.in_height == call.height &&
+                     stage.step == call.stride[0];
+  stage.above = std::max<int64_t>(stage.above, call.padding[0]);
+  stage.below = std::max<int64_t>(stage.below, below);
+  stage.counts[stage.number] = count;
+  stage.calls[stage.number++] = &call;
+  stage.touched += count;
+  return alike;
+}
+
+void add_pool(const pag_pool& pool, Stage& stage) {
+  stage.pool = &pool;
+  stage.batch = pool.batch;
+  stage.height = pool.out_height;
+  stage.in_height = pool.height;
+  stage.step = pool.stride[0];
+  stage.above = pool.padding[0];
+  stage.below = (pool.kernel[0] - 1) * pool.dilation[0] - pool.padding[0];
+}
+
+bool reads_map(const Stage& map, int64_t height, int64_t width, const float* data, int64_t stride) {
+  return data == map.out && stride == map.stride && height == map.height && width == map.width;
+}
+
+// Whether a stage reads what the one before writes, and of other stages nothing.
+bool reads_stage(const Stage& stage, const Stage& before) {
+  if (stage.batch != before.batch) return false;
+  if (const pag_pool* pool = stage.pool)
+    return reads_map(before, pool->height, pool->width, pool->in, pool->in_stride);
+  bool result = true;
+  for (int64_t i = 0; i < stage.number; i++) {
+    const pag_source& source = stage.calls[i]->sources[0];
+    result &= stage.calls[i]->source_count == 1 && !source.shift &&
+              reads_map(before, source.height, source.width, source.data, source.stride);
+  }
+  return result;
+}
+
+// False: the calls are others than announced, or cannot be done row by row.
+bool find_stages(const pag_bands& bands, const pag_call* calls, Stage* stages) {
+  if (bands.stages < 2 || bands.stages > PAG_MOST_STAGES) return false;
+  for (int64_t s = 0; s < bands.stages; s++) {
+    const int64_t number = bands.calls[s];
+    if (number < 1 || number > PAG_MOST_TOGETHER) return false;
+    if (calls->kind == PAG_POOL && number == 1 && s == bands.stages - 1) {
+      add_pool(*static_cast<const pag_pool*>(calls->arguments), stages[s]);
+    } else {
+      for (int64_t i = 0; i < number; i++)
+        if (calls[i].kind != PAG_CONVOLVE ||
+            !add_to_stage(*static_cast<const pag_convolution*>(calls[i].arguments), stages[s]))
+          return false;
+    }
+    if (s && !reads_stage(stages[s], stages[s - 1])) return false;
+    calls += number;
+  }
+  return true;
+}
+
+// Rows of one image as an image of their own: all of their pixels are computed.
+pag_convolution rows_alone(const pag_convolution& call, Rows rows) {
+  pag_convolution part = call;
+  const int64_t image = rows.begin / call.out_height;
+  const int64_t first = (rows.begin - image * call.out_height) * call.stride[0] - call.padding[0];
+  const int64_t from = std::clamp<int64_t>(first, 0, call.height);
+  part.batch = 1;
+  part.out_height = (int32_t)(rows.end - rows.begin);
+  part.height = (int32_t)(call.height - from);
+  part.padding[0] = (int32_t)(from - first);
+  for (int s = 0; s < call.source_count; s++) {
+    pag_source& source = part.sources[s];
+    source.data += (image * source.height + from) * source.width * source.stride;
+    source.height = part.height;
+  }
+  const int64_t pixel = rows.begin * call.out_width;
+  part.out += pixel * call.out_stride;
+  if (call.residual) part.residual += pixel * call.residual_stride;
+  part.list.capacity = (rows.end - rows.begin) * call.out_width;
+  return part;
+}
+
+// The pixels of a convolution that lie in some rows; of the map that it writes, and of the one it reads
+// where that is a band, there is only where they would begin.
+int convolve_rows(const pag_convolution& whole, int64_t count, Rows rows, const float* in, float* out) {
+  pag_convolution call = whole;
+  if (in) call.sources[0].data = in;
+  if (call.residual == call.out) call.residual = out;
+  call.out = out;
+  const int32_t *first = call.list.pixels, *last = first + count;
+  if (!first) {
+    const pag_convolution part = rows_alone(call, rows);
+    return count ? convolve(&part, 1) : PAG_OK;
+  }
+  const int32_t* from = std::lower_bound(first, last, rows.begin * call.out_width);
+  const int32_t* to = std::lower_bound(from, last, rows.end * call.out_width);
+  call.list = {from, nullptr, to - from};
+  return to > from ? convolve(&call, 1) : PAG_OK;
+}
+
+int run_stage(const Stage& stage, Rows rows, const Band* before, float* out) {
+  const float* in = before ? before->map() : nullptr;
+  if (stage.pool) {
+    pag_pool part = *stage.pool;
+    part.in = in;
+    kernels().pool(&part, rows.begin, rows.end);
+    return PAG_OK;
+  }
+  for (int64_t i = 0; i < stage.number; i++)
+    if (const int status = convolve_rows(*stage.calls[i], stage.counts[i], rows, in,
+                                         out ? out : stage.calls[i]->out))
+      return status;
+  return PAG_OK;
+}
+
+// Floats of all bands, for so many rows of the last stage at once; and how many rows each has.
+int64_t size_bands(const Stage* stages, int64_t number, int64_t rows, Band* bands) {
+  int64_t floats = 0;
+  for (int64_t s = number - 2; s >= 0; s--) {
+    rows = stages[s + 1].most_read(rows);
+    bands[s].line = stages[s].width * stages[s].stride;
+    bands[s].rows = rows;
+    floats += rows * bands[s].line;
+  }
+  return floats;
+}
+
+// Rows of the last stage at once: as many as leave their bands in half of a core's cache; 0 if those
+// of a single one do not fit into all of it.
+int64_t rows_at_once(const Stage* stages, int64_t number, Band* bands) {
+  const int64_t half = weights_budget() / (int64_t)sizeof(float);
+  if (size_bands(stages, number, 1, bands) > 2 * half) return 0;
+  int64_t rows = 1;
+  while (rows < stages[number - 1].height && size_bands(stages, number, rows + 1, bands) <= half) rows++;
+  return rows;
+}
+
+// Rows of what the last stage writes.
+int run_rows(const Stage* stages, int64_t number, int64_t at_once, Rows all) {
+  Band bands[PAG_MOST_STAGES];
+  const int64_t floats = size_bands(stages, number, at_once, bands), last = number - 1;
+  float* memory =
+      reinterpret_cast<float*>(thread_band.at_least(whole_lines(floats * (int64_t)sizeof(float))));
+  if (!memory) return PAG_NO_MEMORY;
+  for (int64_t s = 0; s < last; s++) {
+    bands[s].memory = memory;
+    memory += bands[s].rows * bands[s].line;
+  }
+  while (all.begin < all.end) {
+    const int64_t height = stages[last].height, image = all.begin / height;
+    Rows rows[PAG_MOST_STAGES];  // to be computed
+    rows[last] = {all.begin, std::min({all.begin + at_once, all.end, (image + 1) * height})};
+    for (int64_t s = last - 1; s >= 0; s--) {
+      const Rows above = rows[s + 1];
+      const Rows read = above.begin < above.end ? stages[s + 1].read(above) : Rows{0, 0};
+      if (read.begin < read.end) bands[s].move(read.begin, read.end);
+      rows[s] = {bands[s].end, std::max(bands[s].end, read.end)};
+    }
+    for (int64_t s = 0; s < number; s++) {
+      if (rows[s].begin == rows[s].end) continue;
+      const Band* before = s ? &bands[s - 1] : nullptr;
+      if (const int status = run_stage(stages[s], rows[s], before, s < last ? bands[s].map() : nullptr))
         return status;
-    band.end = std::max(band.end, last);
-    pag_pool part = pool;
-    part.in = band.map();
-    kernels().pool(&part, begin, until);
-    begin = until;
+      bands[s].end = rows[s].end;
+    }
+    all.begin = rows[last].end;
   }
   return PAG_OK;
 }
 
-// Whether a convolution writes what is pooled, and can be done row by row: weights are read anew for
-// each few rows.
-bool can_band(const pag_convolution& call, int64_t count, const pag_pool& pool) {
-  const int64_t taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
-  const int64_t weights = taps * call.out_channels * call.channels / call.groups;
-  const bool same = call.out == pool.in && call.out_stride == pool.in_stride &&
-                    call.batch == pool.batch && call.out_height == pool.height &&
-                    call.out_width == pool.width;
-  return same && 2 * (int64_t)sizeof(float) * weights <= weights_budget() && !call.residual &&
-         !call.activate_if_all && call.list.pixels && count >= 0 && is_ascending(call.list, count);
+// Whether a map lies in other memory than what the last stage writes; or is the same map, of which
+// pixels are read, row by row, no later than they are overwritten.
+bool is_safe(const Stage& last, int64_t height, int64_t width, const float* data, int64_t stride,
+             bool row_by_row) {
+  const float* end = last.out + last.batch * last.height * last.width * last.stride;
+  if (data >= end || data + last.batch * height * width * stride <= last.out) return true;
+  return row_by_row && reads_map(last, height, width, data, stride);
 }
 
-// Convolutions, and the max pool of what they write, which is not written as a whole; or -1: they
-// have to be done one after the other.
-int pool_in_bands(const pag_call* calls, int64_t number, int threads) {
-  constexpr int64_t MOST = 4;
-  const pag_convolution* convolutions[MOST];
-  int64_t counts[MOST];
-  if (number < 1 || number > MOST || calls[number].kind != PAG_POOL) return -1;
-  const pag_pool& pool = *static_cast<const pag_pool*>(calls[number].arguments);
-  for (int64_t i = 0; i < number; i++) {
-    if (calls[i].kind != PAG_CONVOLVE) return -1;
-    const pag_convolution& call = *static_cast<const pag_convolution*>(calls[i].arguments);
-    const int64_t pixels = (int64_t)call.batch * call.out_height * call.out_width;
-    convolutions[i] = &call;
-    counts[i] = check_list(call.list, pixels);
-    if (!can_band(call, counts[i], pool)) return -1;
-  }
-  const int64_t rows = (int64_t)pool.batch * pool.out_height;
-  const int64_t reads = rows * pool.out_width * pool.channels * pool.kernel[0] * pool.kernel[1];
-  const int64_t parts = std::min<int64_t>(rows, worthwhile(threads, reads));
+// Whether the last stage overwrites what others read before all of them have.
+bool overwrites_input(const Stage* stages, int64_t number, int threads) {
+  const Stage &first = stages[0], &last = stages[number - 1];
+  if (last.pool) return false;
+  const bool pointwise = first.step == 1 && !first.above && !first.below;
+  bool safe = true;
+  for (int64_t i = 0; i < first.number; i++)
+    for (int s = 0; s < first.calls[i]->source_count; s++) {
+      const pag_source& source = first.calls[i]->sources[s];
+      safe &= is_safe(last, source.height, source.width, source.data, source.stride,
+                      threads == 1 && pointwise);
+    }
+  for (int64_t s = 0; s + 1 < number; s++)
+    for (int64_t i = 0; i < stages[s].number; i++)
+      if (const float* residual = stages[s].calls[i]->residual)
+        safe &= is_safe(last, stages[s].height, stages[s].width, residual,
+                        stages[s].calls[i]->residual_stride, threads == 1);
+  return !safe;
+}
+
+int64_t work_of(const Stage* stages, int64_t number) {
+  int64_t work = 0;
+  for (int64_t s = 0; s < number; s++)
+    for (int64_t i = 0; i < stages[s].number; i++) {
+      const pag_convolution& call = *stages[s].calls[i];
+      const int64_t taps = call.kernel[0] * call.kernel[1];
+      work += stages[s].counts[i] * call.out_channels * (1 + taps * call.channels / call.groups / 8);
+    }
+  return work;
+}
+
+// Whether what the first call writes may outgrow the cache of a core, and so not stay there anyway.
+bool may_be_large(const pag_call& first) {
+  if (first.kind != PAG_CONVOLVE) return false;
+  const auto& call = *static_cast<const pag_convolution*>(first.arguments);
+  const int64_t pixels = (int64_t)call.batch * call.out_height * call.out_width;
+  return pixels * call.out_stride * (int64_t)sizeof(float) > 2 * weights_budget();
+}
+
+// The calls of all stages, a few rows at a time; or -1: they have to be done one after the other.
+int run_in_bands(const pag_bands& announced, const pag_call* calls, int threads) {
+  Stage stages[PAG_MOST_STAGES];
+  if (!may_be_large(*calls) || !find_stages(announced, calls, stages)) return -1;
+  int64_t number = announced.stages, largest = 0;
+  const Stage* alone = nullptr;
+  if (overwrites_input(stages, number, threads)) alone = &stages[--number];
+  for (int64_t s = 0; s + 1 < number; s++)
+    largest = std::max<int64_t>(largest, stages[s].touched * stages[s].stride * sizeof(float));
+  Band bands[PAG_MOST_STAGES];
+  const int64_t at_once = number > 1 ? rows_at_once(stages, number, bands) : 0;
+  if (!at_once || largest <= 2 * weights_budget()) return -1;
+  const int64_t all = stages[number - 1].batch * stages[number - 1].height;
+  threads = worthwhile(threads, work_of(stages, number));
+  const int64_t parts = std::min<int64_t>(all, threads == 1 ? 1 : 2 * threads);
   std::atomic<int> status{PAG_OK};
   share(parts, threads, [&](int64_t i) {
-    const int failed = pool_rows(convolutions, counts, number, pool, rows * i / parts,
-                                 rows * (i + 1) / parts);
+    const int failed = run_rows(stages, number, at_once, {all * i / parts, all * (i + 1) / parts});
     if (failed) status.store(failed);
   });
+  for (int64_t i = 0; alone && i < alone->number && status.load() == PAG_OK; i++)
+    status.store(convolve(alone->calls[i], threads));
   return status.load();
 }
 
@@ -935,7 +1149,7 @@ int copy(const pag_copy* call, int threads) {
   return PAG_OK;
 }
 
-int nothing(const pag_pooling*, int) { return PAG_OK; }
+int nothing(const pag_bands*, int) { return PAG_OK; }
 
 // Each kind of call, its structure and the function that takes it.
 #define PAG_EACH_KIND(DO)                          \
@@ -952,7 +1166,7 @@ int nothing(const pag_pooling*, int) { return PAG_OK; }
   DO(PAG_ACTIVATE, pag_map, activate)              \
   DO(PAG_RESIZE, pag_resizing, resize)             \
   DO(PAG_GROUP_NORM, pag_grouping, group_norm)     \
-  DO(PAG_POOL_AT_ONCE, pag_pooling, nothing)
+  DO(PAG_IN_BANDS, pag_bands, nothing)
 
 int run(const pag_call& call, int threads) {
 #define PAG_RUN(KIND, STRUCTURE, FUNCTION) \
@@ -988,12 +1202,14 @@ void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(g
 
 int pag_run(const pag_call* calls, int64_t count, int threads) {
   for (int64_t i = 0; i < count; i++) {
-    if (calls[i].kind == PAG_POOL_AT_ONCE) {
-      const int64_t number = static_cast<const pag_pooling*>(calls[i].arguments)->convolutions;
-      const int status =
-          i + number + 1 < count ? pool_in_bands(calls + i + 1, number, threads) : -1;
+    if (calls[i].kind == PAG_IN_BANDS) {
+      const pag_bands& bands = *static_cast<const pag_bands*>(calls[i].arguments);
+      int64_t number = 0;
+      for (int64_t s = 0; s < std::min<int64_t>(bands.stages, PAG_MOST_STAGES); s++)
+        number += bands.calls[s];
+      const int status = i + number < count ? run_in_bands(bands, calls + i + 1, threads) : -1;
       if (status > PAG_OK) return status;
-      if (status == PAG_OK) i += number + 1;
+      if (status == PAG_OK) i += number;
     } else if (const int status = run(calls[i], threads)) {
       return status;
     }

@@ -168,10 +168,13 @@ struct pag_grouping {
   float slope;  // of PAG_LEAKY_RELU
 };
 
-// The convolutions that follow, and then a max pool of what they write. If nothing else reads that,
-// it need not be written: see pool_in_bands.
-struct pag_pooling {
-  int64_t convolutions;
+enum { PAG_MOST_STAGES = 4, PAG_MOST_TOGETHER = 4 };
+
+// The calls that follow, by stages: convolutions that write one map, which nothing but those of the next
+// stage reads. The last one may be a max pool. What is between need not be written: see run_in_bands.
+struct pag_bands {
+  int64_t stages;
+  int64_t calls[PAG_MOST_STAGES];  // of each: PAG_MOST_TOGETHER at most
 };
 
 struct pag_copy {
@@ -197,7 +200,7 @@ enum pag_kind {
   PAG_ACTIVATE,       // pag_map: listed pixels are activated
   PAG_RESIZE,         // pag_resizing
   PAG_GROUP_NORM,     // pag_grouping
-  PAG_POOL_AT_ONCE,   // pag_pooling
+  PAG_IN_BANDS,       // pag_bands
 };
 
 struct pag_call {
