@@ -264,17 +264,21 @@ def latency(
     from pag_retrofit.latency import compare_latency
 
     shape = _shape(input_shape)
-    densities = _numbers("--density", density, "1.0 0.5")
-    counts = _numbers("--threads", threads, "1 2")
-    if not all(count >= 1 and count.is_integer() for count in counts):
-        raise PagError(f"--threads {threads!r}: expected whole numbers from 1 on, such as 1 2")
+    try:
+        densities = [float(part) for part in density.split(",")]
+    except ValueError as error:
+        raise PagError(f"--density {density!r}: expected numbers, such as 1.0 0.5") from error
+    counts = threads.split(",")
+    if not all(count.isdigit() and int(count) for count in counts):
+        message = f"{threads!r}: expected whole numbers from 1 on, such as 1 2"
+        raise typer.BadParameter(message, param_hint="--threads")
     torch.manual_seed(0)
     with _err.status("building"):
         gated = _gated_network(model, shape)
     image = torch.randn(shape)
     comparisons = []
     for count in counts:
-        with _err.status(f"timing, threads: {count:g}"):
+        with _err.status(f"timing, threads: {count}"):
             comparisons.append(
                 compare_latency(
                     gated,
@@ -293,13 +297,6 @@ def latency(
         return
     for compared in comparisons:
         _print_comparison(compared)
-
-
-def _numbers(option: str, text: str, example: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise PagError(f"{option} {text!r}: expected numbers, such as {example}") from error
 
 
 def _print_comparison(compared: Comparison) -> None:
