@@ -20,7 +20,6 @@ from pag_retrofit.execution import (
     MaxPool,
     Step,
     Value,
-    masks_of,
 )
 
 _LEAST = 1 << 17  # floats of a map; smaller ones stay in the cache of any core
@@ -63,7 +62,7 @@ def _announced(steps: list[Step], stages: Sequence[Sequence[Step]]) -> list[Step
         )
         for stage in stages
     ]
-    mark = InBands(writes=run[-1].writes, stages=tuple(len(stage) for stage in stages))
+    mark = InBands(writes=run[0].writes, stages=tuple(len(stage) for stage in stages))
     rest = [step for step in between if step not in allocations]
     return [*steps[:begin], *allocations, *lists, mark, *rest, *steps[end:]]
 
@@ -116,14 +115,12 @@ class _Chains:
         return reading if alike and _read_only(reading, name) and _is_light(stage, reading) else []
 
     def _are_together(self, stages: Sequence[Sequence[Step]]) -> bool:
-        """Whether nothing else is done between steps, and masks are known before the first."""
+        """Whether nothing else is done between steps; so masks are known before the first, too."""
         run = [step for stage in stages for step in stage]
         places = [self.places[id(step)] for step in run]
         between = [s for s in self.steps[places[0] : places[-1] + 1] if not isinstance(s, Allocate)]
-        known = {step.writes for step in self.steps[: places[0]]}
-        masks = masks_of(*(step.where for step in run if isinstance(step, Convolve)))
         few = all(len(stage) <= kernels.MOST_TOGETHER for stage in stages)
-        return few and between == run and known.issuperset(masks)
+        return few and between == run
 
 
 def _write_anew(stage: Sequence[Step]) -> bool:

@@ -1834,6 +1834,39 @@ class TestConvolutionsInBands:
         assert torch.equal(out, expected)
         assert first.isnan().all() or not WIDE_ROWS_FIT
 
+    @pytest.mark.parametrize("order", [(3, 1), (1, 3)])
+    def test_calls_of_a_stage_see_different_windows(self, order: tuple[int, int]) -> None:
+        torch.set_num_threads(1)
+        x, first, out = (torch.zeros(1, 60, 300, n) for n in (24, 96, 96))
+        x.normal_()
+        open_pixels = mask_of("random", (1, 60, 300), 0)
+        expand = INVERTED[0].convolution(24)
+        followers = [Layer(96, kernel, depthwise=True).convolution(96) for kernel in order]
+        lists = [
+            kernels.PixelList(*native.list_pixels(open_pixels, wanted)) for wanted in (True, False)
+        ]
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.in_bands([1, 2])
+            expand(first, x)
+            for follower, listed in zip(followers, lists, strict=True):
+                follower(out, first, listed)
+        Recorded(tape, x, x.clone(), [first, out]).check(banded=True)
+
+    def test_a_map_between_may_be_added_to(self) -> None:
+        torch.set_num_threads(1)
+        x, first, out = (torch.zeros(1, 60, 300, n) for n in (24, 96, 96))
+        x.normal_()
+        expand, again = (INVERTED[0].convolution(24) for _ in range(2))
+        depthwise = INVERTED[1].convolution(96)
+        tape = kernels.Tape()
+        with kernels.record_on(tape):
+            kernels.in_bands([2, 1])
+            expand(first, x)
+            again(first, x, epilogue=kernels.Epilogue(accumulate=True))
+            depthwise(out, first)
+        Recorded(tape, x, x.clone(), [first, out]).check(banded=True)
+
     def test_small_maps_stay_in_the_cache_anyway(self) -> None:
         Chain(size=(12, 20)).record().check(banded=False)
         Chain(mask="single").record().check(banded=False)
