@@ -55,13 +55,8 @@ def _announced(steps: list[Step], stages: Sequence[Sequence[Step]]) -> list[Step
     between = steps[begin:end]
     # Made before, maps of the run lie in other memory than what it reads.
     allocations = [step for step in between if isinstance(step, Allocate) and _is_free(step)]
-    lists = [
-        MakeLists(
-            writes=stage[0].writes,
-            convolutions=tuple(step for step in stage if isinstance(step, Convolve)),
-        )
-        for stage in stages
-    ]
+    convolutions = [tuple(step for step in stage if isinstance(step, Convolve)) for stage in stages]
+    lists = [MakeLists(writes=some[0].writes, convolutions=some) for some in convolutions if some]
     mark = InBands(writes=run[0].writes, stages=tuple(len(stage) for stage in stages))
     rest = [step for step in between if step not in allocations]
     return [*steps[:begin], *allocations, *lists, mark, *rest, *steps[end:]]

@@ -269,7 +269,7 @@ def latency(
     except ValueError as error:
         raise PagError(f"--density {density!r}: expected numbers, such as 1.0 0.5") from error
     counts = threads.split(",")
-    if not all(count.isdigit() and int(count) for count in counts):
+    if not all(count.isdecimal() and int(count) for count in counts):
         message = f"{threads!r}: expected whole numbers from 1 on, such as 1 2"
         raise typer.BadParameter(message, param_hint="--threads")
     torch.manual_seed(0)

@@ -141,7 +141,7 @@ def test_options_take_several_values(
         assert names[5:] == [f"deployed blobs {density}" for density in densities]
 
 
-@pytest.mark.parametrize("threads", [("1", "0"), ("1.5",), ("-1",), ("two",), ()])
+@pytest.mark.parametrize("threads", [("1", "0"), ("1.5",), ("-1",), ("two",), ("\u00b2",), ()])
 def test_threads_are_whole_numbers(threads: tuple[str, ...]) -> None:
     done = run("--model", "timm:test_resnet", "--input", "1x3x32x32", "--threads", *threads)
     assert done.exit_code == 2 and "--threads" in done.output

@@ -42,6 +42,8 @@ _NO_SCRATCH = "the native kernels got no memory for their scratch space"
 _NO_SOURCES = (0,) * (6 * MAX_SOURCES)
 
 
+MOST_STAGES, MOST_TOGETHER = 4, 4  # that are computed in bands, and calls of each
+
 # The structures of interface.h, packed by hand: ctypes takes longer to fill one than small layers
 # take to run.
 _LIST = "PPq"
@@ -56,10 +58,9 @@ _COPY = Struct("2P4q")
 _POOL = Struct("6i8iPqPq")
 _RESIZING = Struct("8i4PPqPq")
 _GROUPING = Struct("4iPqPq2Pfif")
-_BANDS = Struct("q4q")  # the second as many as MOST_STAGES
+_BANDS = Struct(f"q{MOST_STAGES}q")
 _CALL = Struct("qP")
 _LARGE = 1 << 20  # bytes from which on large pages are worth asking for
-MOST_STAGES, MOST_TOGETHER = 4, 4  # that are computed in bands, and calls of each
 
 KINDS = (
     "", "convolution", "layer norm", "mean", "interpolate", "gate", "list", "halo", "combine",

@@ -792,7 +792,7 @@ bool reads_map(const Stage& map, int64_t height, int64_t width, const float* dat
   return data == map.out && stride == map.stride && height == map.height && width == map.width;
 }
 
-// Whether a stage reads what the one before writes, and of other stages nothing.
+// Whether what a stage convolves or pools is what the one before writes.
 bool reads_stage(const Stage& stage, const Stage& before) {
   if (stage.batch != before.batch) return false;
   if (const pag_pool* pool = stage.pool)
