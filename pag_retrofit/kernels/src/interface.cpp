@@ -77,16 +77,41 @@ const pag_kernels& kernels() {
 using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<Gomp> openmp{nullptr};
 
-// Units of work that threads take one after the other.
+unsigned number_of_thread() {
+  static std::atomic<unsigned> threads{0};
+  thread_local const unsigned number = threads.fetch_add(1, std::memory_order_relaxed);
+  return number;
+}
+
+// Units of work, in as many ranges as threads. A thread begins with the same range in each call, then
+// helps with the others: what it reads, it often wrote itself in the call before, into its own cache.
 template <class Unit>
 struct Work {
+  static constexpr unsigned MOST_RANGES = 64;
+  struct alignas(LINE) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   const Unit* unit;
-  int64_t count;
-  std::atomic<int64_t> next{0};
+  unsigned count;
+  Range ranges[MOST_RANGES];
+
+  Work(const Unit& unit, int64_t units, unsigned threads)
+      : unit(&unit), count(std::min(threads, MOST_RANGES)) {
+    for (unsigned i = 0; i < count; i++) {
+      ranges[i].next.store(units * i / count, std::memory_order_relaxed);
+      ranges[i].end = units * (i + 1) / count;
+    }
+  }
 
   static void run(void* self) {
     Work& work = *static_cast<Work*>(self);
-    for (int64_t i; (i = work.next.fetch_add(1)) < work.count;) (*work.unit)(i);
+    const unsigned own = number_of_thread() % work.count;
+    for (unsigned turn = 0; turn < work.count; turn++) {
+      Range& range = work.ranges[(own + turn) % work.count];
+      for (int64_t i; (i = range.next.fetch_add(1)) < range.end;) (*work.unit)(i);
+    }
   }
 };
 
@@ -94,9 +119,12 @@ struct Work {
 // torch uses already has workers; a second pool would compete with them for the same cores.
 template <class Unit>
 void share(int64_t count, int threads, const Unit& unit) {
-  Work<Unit> work{&unit, count};
   threads = (int)std::min<int64_t>(threads, count);
-  if (threads <= 1) return Work<Unit>::run(&work);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) unit(i);
+    return;
+  }
+  Work<Unit> work(unit, count, (unsigned)threads);
   if (const Gomp parallel = openmp.load(std::memory_order_relaxed))
     return parallel(Work<Unit>::run, &work, (unsigned)threads, 0);
   std::vector<std::thread> helpers;
