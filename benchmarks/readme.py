@@ -707,11 +707,15 @@ def _blocks() -> dict[str, dict[str, str]]:
             "xeon-roofline-table": roofline_table(
                 _read("roofline_xeon"), on_xeon, " --results benchmarks/results/roofline_xeon.json"
             ),
+            "zen4-roofline-table": roofline_table(
+                _read("roofline_zen4"), on_zen4, " --results benchmarks/results/roofline_zen4.json"
+            ),
         },
         "docs/multipool.md": {"multipool-table": multipool_table(_read("multipool"))},
         "docs/kernels.md": {
             "kernels-table": kernels_table(_read("kernels")),
             "xeon-kernels-table": kernels_table(_read("kernels_xeon")),
+            "zen4-kernels-table": kernels_table(_read("kernels_zen4")),
             "compression-table": compression_table(_read("compression")),
         },
         "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
