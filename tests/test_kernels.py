@@ -61,6 +61,7 @@ def _has_library() -> bool:
     return True
 
 
+TASKS = Path("/proc/self/task")
 needs_library = pytest.mark.skipif(not _has_library(), reason="the kernels were not compiled")
 
 
@@ -538,6 +539,18 @@ class TestConvolution:
                 native.convolution(a)
                 results.append(a.out)
             assert all(torch.equal(results[0], others) for others in results[1:])
+
+    @needs_library
+    @pytest.mark.skipif(not TASKS.is_dir(), reason="the system does not list threads")
+    def test_calls_of_any_size_keep_the_threads(self) -> None:
+        torch.set_num_threads(5)
+        sizes = (50, 50), (16, 16), (20, 20), (22, 22), (50, 50)  # for 5, 2, 3, 4 and 5 threads
+        calls = [Case((16,), out_channels=16, size=size, mask="all").arguments() for size in sizes]
+        native.convolution(calls[0])
+        before = set(TASKS.iterdir())
+        for a in calls:
+            native.convolution(a)
+        assert set(TASKS.iterdir()) <= before
 
     @needs_library
     def test_threads_of_its_own(self) -> None:

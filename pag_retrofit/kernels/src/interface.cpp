@@ -77,14 +77,18 @@ const pag_kernels& kernels() {
 using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<Gomp> openmp{nullptr};
 
+// How many threads the calls that this thread makes may have.
+thread_local int team = 1;
+
 unsigned number_of_thread() {
   static std::atomic<unsigned> threads{0};
   thread_local const unsigned number = threads.fetch_add(1, std::memory_order_relaxed);
   return number;
 }
 
-// Units of work, in as many ranges as threads. A thread begins with the same range in each call, then
-// helps with the others: what it reads, it often wrote itself in the call before, into its own cache.
+// Units of work, in as many ranges as threads are to do them. A thread begins with the same range in
+// each call, then helps with the others: what it reads, it often wrote itself in the call before, into
+// its own cache.
 template <class Unit>
 struct Work {
   static constexpr unsigned MOST_RANGES = 64;
@@ -94,11 +98,12 @@ struct Work {
   };
 
   const Unit* unit;
-  unsigned count;
+  unsigned threads, count;
+  std::atomic<unsigned> came{0};
   Range ranges[MOST_RANGES];
 
   Work(const Unit& unit, int64_t units, unsigned threads)
-      : unit(&unit), count(std::min(threads, MOST_RANGES)) {
+      : unit(&unit), threads(threads), count(std::min(threads, MOST_RANGES)) {
     for (unsigned i = 0; i < count; i++) {
       ranges[i].next.store(units * i / count, std::memory_order_relaxed);
       ranges[i].end = units * (i + 1) / count;
@@ -107,6 +112,7 @@ struct Work {
 
   static void run(void* self) {
     Work& work = *static_cast<Work*>(self);
+    if (work.came.fetch_add(1) >= work.threads) return;
     const unsigned own = number_of_thread() % work.count;
     for (unsigned turn = 0; turn < work.count; turn++) {
       Range& range = work.ranges[(own + turn) % work.count];
@@ -116,7 +122,9 @@ struct Work {
 };
 
 // Call unit(0) ... unit(count - 1) on up to `threads` threads, this one included. The runtime that
-// torch uses already has workers; a second pool would compete with them for the same cores.
+// torch uses already has workers; a second pool would compete with them for the same cores. Where it is
+// asked for fewer threads than before it ends the others, and makes new ones for the next call, so the
+// whole team is called each time.
 template <class Unit>
 void share(int64_t count, int threads, const Unit& unit) {
   threads = (int)std::min<int64_t>(threads, count);
@@ -126,7 +134,7 @@ void share(int64_t count, int threads, const Unit& unit) {
   }
   Work<Unit> work(unit, count, (unsigned)threads);
   if (const Gomp parallel = openmp.load(std::memory_order_relaxed))
-    return parallel(Work<Unit>::run, &work, (unsigned)threads, 0);
+    return parallel(Work<Unit>::run, &work, (unsigned)std::max(threads, team), 0);
   std::vector<std::thread> helpers;
   helpers.reserve(threads - 1);
   try {
@@ -1229,6 +1237,7 @@ int pag_use_instruction_set(const char* name) {
 void pag_use_openmp(void* gomp_parallel) { openmp.store(reinterpret_cast<Gomp>(gomp_parallel)); }
 
 int pag_run(const pag_call* calls, int64_t count, int threads) {
+  team = threads;
   for (int64_t i = 0; i < count; i++) {
     if (calls[i].kind == PAG_IN_BANDS) {
       const pag_bands& bands = *static_cast<const pag_bands*>(calls[i].arguments);
