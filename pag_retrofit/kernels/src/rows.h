@@ -288,10 +288,6 @@ void interpolate(const pag_map* call, int64_t begin, int64_t end) {
   });
 }
 
-// A gate reads a whole map, which may come from memory: one pixel after the other, as the processor
-// expects, and asked for so many floats before.
-constexpr int GATE_AHEAD = 1024;
-
 // Add x * w, or x * w * scale, to a vector of sums.
 PAG_INLINE Vector add_products(Vector sums, const float* x, const float* w, const float* scale,
                                int count) {
@@ -385,8 +381,6 @@ void decide_narrow(const pag_gate* call, int64_t row_begin, int64_t row_end) {
       Vector sums[LANES] = {};
       if (count == LANES && !source.shift) {
         const float* values = row.lines[0] + x * source.stride;
-        for (int i = 0; i < LANES * step; i += LINE)
-          __builtin_prefetch(values + i + GATE_AHEAD, 0, 3);
         PAG_UNROLL
         for (int i = 0; i < LANES; i++) sums[i] = weigh(values + i * step, weights, rest);
       } else {
@@ -428,22 +422,7 @@ struct GatePixels {
   }
 };
 
-// What each channel of a pixel adds to its score, in the lanes of a vector.
-template <class Activation>
-PAG_INLINE Vector weigh_deep(const float* x, const float* weights, const float* scale, int channels,
-                             Activation activate) {
-  Vector sum = {};
-  for (int c = 0; c < channels; c += LANES) {
-    const int valid = channels - c;
-    __builtin_prefetch(x + c + GATE_AHEAD, 0, 3);
-    Vector w = load_up_to(weights + c, valid);
-    if (scale) w *= load_up_to(scale + c, valid);
-    sum += activate(load_up_to(x + c, valid)) * w;
-  }
-  return sum;
-}
-
-// One source of more channels.
+// One source of more channels: each weight is loaded once for LANES pixels.
 template <class Activation>
 PAG_INLINE void decide_deep(const pag_gate* call, int64_t row_begin, int64_t row_end,
                             Activation activate) {
@@ -456,10 +435,18 @@ PAG_INLINE void decide_deep(const pag_gate* call, int64_t row_begin, int64_t row
     const int count = left < LANES ? (int)left : LANES;
     const float* scale = call->scale ? call->scale + image * channels : nullptr;
     pixels.find(count);
-    Vector sums[LANES];
-    PAG_UNROLL
-    for (int i = 0; i < LANES; i++)
-      sums[i] = weigh_deep(pixels.at[i], call->weight, scale, channels, activate);
+    Vector sums[LANES] = {};
+    for (int c = 0; c < channels; c += LANES) {
+      const int valid = channels - c;
+      Vector w = load_up_to(call->weight + c, valid);
+      if (scale) w *= load_up_to(scale + c, valid);
+      if (valid >= LANES)
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] += activate(load(pixels.at[i] + c)) * w;
+      else
+        PAG_UNROLL
+        for (int i = 0; i < LANES; i++) sums[i] += activate(load_first(pixels.at[i] + c, valid)) * w;
+    }
     write_decisions(call, begin, count, sum_each(sums));
     begin += count;
   }
