@@ -83,6 +83,9 @@ def multiplications(call: ConvolutionArguments) -> int:
     if not call.winograd:
         pixels = call.out.shape[:3].numel() if call.length is None else int(call.length)
         return pixels * call.window[0] * call.window[1] * channels
+    if call.strided:
+        tiles = int(listed_corners(call).flatten(1).any(1).sum())
+        return tiles * call.matrices * channels
     upsampled = itertools.takewhile(
         lambda pair: pair[1] > 1, zip(call.sources, call.upsampling, strict=True)
     )

@@ -201,6 +201,33 @@ def test_convolutions_between_whose_pixels_others_are_interpolated(
 
 
 @given(
+    st.integers(1, 5), st.sampled_from([8, 16, 40, 64]), st.sampled_from(["", "coarse"]),
+    st.tuples(st.integers(1, 2), st.integers(20, 61), st.integers(20, 61)),
+    st.floats(0, 1), st.sampled_from(["random", "blobs"]),
+)  # fmt: skip
+@settings(max_examples=24, deadline=None, derandomize=True)
+def test_first_layers_of_7x7_with_stride_2(
+    inputs: int, out: int, bypass: str, size: tuple[int, int, int], density: float, pattern: str
+) -> None:
+    stem = nn.Sequential(conv(inputs, out, 7, 2), nn.BatchNorm2d(out), nn.ReLU())
+    model = nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), conv(out, 8, 3), nn.ReLU())
+    model = randomize(model).eval()
+    x = torch.randn(size[0], inputs, *size[1:])
+    config: dict[str, Any] = {"bypass": bypass} if bypass else {"exclude": ("0.*",)}
+    gated = gate_all(model, tuple(x.shape), **config)
+    for backend in ("auto", "reference"):
+        deployed = pag.deploy(gated, backend)
+        for share in (density, 0.0, 1.0):
+            agree(gated, deployed, x, share, pattern)
+            agree(gated, deployed, x, share, pattern)  # as it is replayed, too
+        if backend == "auto" and _kernels_are_there() and native.instruction_set() != "avx2":
+            layers = [step.layer for step in steps_of(deployed) if isinstance(step, Convolve)]
+            tiles = any(layer.winograd for layer in layers if layer.window.kernel == (7, 7))
+            pixels = size[0] * -(-size[1] // 2) * -(-size[2] // 2)
+            assert tiles == (inputs <= 4 and out >= 16 and pixels >= 128)
+
+
+@given(
     st.integers(1, 24), st.integers(1, 24), st.sampled_from([(3, 1), (3, 3), (5, 1)]),
     st.sampled_from([1, 1, 2]),
     st.tuples(st.integers(1, 2), st.integers(4, 18), st.integers(4, 18)),

@@ -37,9 +37,11 @@ from pag_retrofit.kernels.packing import (
     expand,
     from_digits,
     in_digits,
+    pack_strided,
     pack_weight,
     packed_size,
     transformed,
+    unpack_strided,
     unpack_weight,
     untransformed,
 )
@@ -164,6 +166,8 @@ class Case:
 
     def packed_weight(self) -> Tensor:
         weight = self.weight()
+        if self.winograd and self.window.stride == (2, 2):
+            return pack_strided(weight)
         weight = transformed(weight) if self.winograd else weight
         packed, taps = pack_weight(weight, self.groups), weight[0, 0].numel()
         if self.compressed:
@@ -276,6 +280,7 @@ def check(case: Case, module: ModuleType) -> None:
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+STEM = Window((7, 7), (2, 2), (1, 1), (3, 3))
 
 
 @st.composite
@@ -291,7 +296,10 @@ def cases(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["plain", "plain", "sources", "grouped", "slim", "depthwise"]))
     window = draw(windows())
     winograd = kind in ("plain", "sources") and draw(st.booleans())
-    if winograd:
+    strided = winograd and draw(st.booleans())
+    if strided:
+        window = STEM._replace(padding=window.padding)
+    elif winograd:
         window = window._replace(kernel=(3, 3), stride=(1, 1))
     channels: tuple[int, ...] = (draw(st.sampled_from([1, 3, 8, 9, 16, 33, 64])),)
     upsampling: tuple[int, ...] = (draw(st.sampled_from([1, 1, 1, 2])),)
@@ -300,6 +308,7 @@ def cases(draw: st.DrawFn) -> Case:
         sizes = st.integers(1, 20) if draw(st.booleans()) else st.just(64)
         channels = draw(st.lists(sizes, min_size=2, max_size=6).map(tuple))
         upsampling = tuple(draw(st.sampled_from([1, 1, 2, 4])) for _ in channels)
+        channels = channels[:2] if strided else channels
     elif kind == "grouped":
         groups = draw(st.integers(2, 7))
         channels = (groups * draw(st.sampled_from([1, 2, 4, 8, 17])),)
@@ -312,12 +321,15 @@ def cases(draw: st.DrawFn) -> Case:
         groups = out_channels = draw(st.sampled_from([2, 3, 15, 16, 31, 64, 70, 144]))
         channels = (groups,)
     held = draw(st.sampled_from(["floats", "compressed", "digits"])) if groups == 1 else "floats"
+    if strided:
+        held, channels = "floats", tuple(min(count, 4 // len(channels)) for count in channels)
+        upsampling = upsampling[: len(channels)]
     return Case(
         channels=channels,
         upsampling=upsampling,
         out_channels=out_channels,
         groups=groups,
-        size=draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
+        size=draw(st.tuples(*[st.integers(1, 40 if strided else 9)] * 2)),
         window=window,
         winograd=winograd,
         compressed=held == "compressed",
@@ -411,6 +423,31 @@ class TestConvolution:
         check(case, twin)
         check(replace(case, channels=(24, 9, 33), upsampling=(2, 1, 2), size=(18, 46)), twin)
         check(replace(case, channels=(24,), upsampling=(4,), size=(16, 44)), twin)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_winograd_with_stride(self, twin: ModuleType, channels: int, mask: str) -> None:
+        case = Case(
+            (channels,), out_channels=80, size=(37, 94), window=STEM, winograd=True, mask=mask
+        )
+        check(case, twin)
+        check(replace(case, out_channels=17, wider=3, activation="relu", residual="before"), twin)
+        check(replace(case, channels=(1, 2), upsampling=(2, 1), input_scale=True, scale=True), twin)
+        check(replace(case, channels=(1, 2), upsampling=(1, 1), wider=2), twin)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_with_stride_what_no_listed_pixel_reads_may_be_anything(
+        self, twin: ModuleType, mask: str
+    ) -> None:
+        case = Case((3,), out_channels=20, size=(27, 41), window=STEM, winograd=True, mask=mask)
+        a = case.arguments()
+        twin.convolution(a)
+        expected = a.out.clone()
+        open_ = mask_of(mask, a.out.shape[:3], case.seed)
+        read = reference.needed_inputs(open_, [n for pair in STEM[:4] for n in pair], case.size)
+        a.sources[0][~read[:, 0]] = math.nan
+        twin.convolution(a)
+        assert torch.equal(a.out, expected)
 
     @pytest.mark.parametrize("mask", MASKS)
     @pytest.mark.parametrize("winograd", [False, True])
@@ -528,8 +565,9 @@ class TestConvolution:
         few = Case((512,), out_channels=512, size=(2, 2), batch=1, mask="all")
         heavy = Case((64,), out_channels=256, size=(12, 13))
         bundles = Case((64,), out_channels=128, groups=4, size=(12, 13))
-        plain = (case, grouped, slim, few, heavy, bundles, replace(case, winograd=True))
-        compressed = [replace(c, compressed=True) for c in plain if c.groups == 1]
+        stem = Case((3,), out_channels=64, size=(61, 87), window=STEM, winograd=True, mask="all")
+        plain = (case, grouped, slim, few, heavy, bundles, replace(case, winograd=True), stem)
+        compressed = [replace(c, compressed=True) for c in plain if c.groups == 1 and c is not stem]
         digits = [replace(c, digits=True) for c in plain if c.groups == 1 and not c.winograd]
         for each in (*plain, *compressed, *digits):
             results = []
@@ -571,6 +609,7 @@ class TestConvolution:
             Case((40,), out_channels=40, groups=40, size=(33, 35), seed=3),
             Case((8, 300), (2, 1), out_channels=24, size=(9, 9), seed=4),
             Case((40, 30), (2, 1), out_channels=24, size=(20, 20), winograd=True, seed=5),
+            Case((3,), out_channels=24, size=(40, 44), window=STEM, winograd=True, seed=6),
         ]
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(lambda case: check(case, twin), many * 6):
@@ -1569,9 +1608,11 @@ def test_even_weights_are_near_the_middle_of_their_channel(zeros: float) -> None
 def test_transforming_keeps_every_weight() -> None:
     weight = torch.randn(5, 4, 3, 3)
     torch.testing.assert_close(untransformed(transformed(weight)), weight)
+    weight = torch.randn(37, 3, 7, 7)
+    torch.testing.assert_close(unpack_strided(pack_strided(weight), 37, 3), weight)
 
 
-def test_winograd_is_for_3x3_windows_at_every_pixel() -> None:
+def test_winograd_is_for_few_windows() -> None:
     wide = Window((5, 3), (1, 1), (1, 1), (1, 1))
     with pytest.raises(PagError, match="expected kernel 3x3"):
         kernels.PerforatedConvolution(torch.randn(4, 4, 5, 3), None, window=wide, winograd=True)
@@ -1580,6 +1621,18 @@ def test_winograd_is_for_3x3_windows_at_every_pixel() -> None:
         operators.check_convolution(a._replace(window=[3, 3, 2, 1, 1, 1, 1, 1]))
     with pytest.raises(PagError, match="weights is"):
         operators.check_convolution(a._replace(winograd=False))
+    with pytest.raises(PagError, match="at most 4 channels"):
+        kernels.PerforatedConvolution(torch.randn(4, 5, 7, 7), None, window=STEM, winograd=True)
+    with pytest.raises(PagError, match="with winograd=True and .*: expected stride 1"):
+        kernels.PerforatedConvolution(
+            torch.randn(4, 3, 7, 7), None, window=STEM, winograd=True, compressed=True
+        )
+    a = Case((3,), out_channels=4, size=(9, 9), window=STEM, winograd=True).arguments()
+    with pytest.raises(PagError, match="no dilation"):
+        operators.check_convolution(a._replace(window=[7, 7, 2, 2, 1, 2, 3, 3]))
+    words = torch.zeros(compressed_sizes(4, a.weights.numel())[1], dtype=torch.int32)
+    with pytest.raises(PagError, match="compressed weights: expected floats"):
+        operators.check_convolution(a._replace(weights=words))
 
 
 @dataclass(frozen=True)
@@ -1807,7 +1860,17 @@ class TestConvolutionsInBands:
     def test_tiles_of_listed_pixels(self) -> None:
         layers = (Layer(96, 3), Layer(96, 3, depthwise=True), Layer(32, 3))
         Chain(layers, mask="random", winograd=True).record().check(banded=True)
-        Chain(layers, winograd=True).record().check(banded=False)  # begin at even rows
+        Chain(layers, winograd=True).record().check(banded=True)
+
+    @pytest.mark.parametrize("threads", [1, 3, 5])
+    @pytest.mark.parametrize("dilation", [1, 2])
+    def test_tiles_are_those_of_the_whole_map(self, threads: int, dilation: int) -> None:
+        torch.set_num_threads(threads)
+        first = Layer(96, 3, dilation=dilation)
+        for last in (Layer(96, 3, depthwise=True), Layer(96, 2, stride=3, depthwise=True)):
+            Chain((first, last), (59, 300), winograd=True).record().check(banded=True)
+            stem = (Layer(96, 7, stride=2), last)
+            Chain(stem, (117, 600), channels=3, winograd=True).record().check(banded=True)
 
     @pytest.mark.parametrize("mask", ["", "random"])
     def test_a_branch_is_added_in_place(self, mask: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pag_retrofit.errors import PagError
 from pag_retrofit.kernels.packing import (
     MOST_DEPTH_IN_DIGITS,
+    STRIDED_SIDE,
     TRANSFORMED_PARTS,
     compressed_sizes,
     digits_sizes,
@@ -37,7 +38,11 @@ ACTIVATIONS = (
 MAX_SOURCES = 6  # PAG_MAX_SOURCES of the C interface
 MAX_PIXELS = 2**31 - 1  # what an int32 index can address
 MAX_EXTENT = 2**24  # of an axis and of a window, so that int32 coordinates cannot overflow
-_WINOGRAD_WINDOW = (3, 3, 1, 1)
+_MOST_STRIDED_CHANNELS = 4  # an image's
+WINOGRAD_WINDOWS = (
+    "expected kernel 3x3 with stride 1, or 7x7 with stride 2, no dilation and at most "
+    f"{_MOST_STRIDED_CHANNELS} channels; one group"
+)
 
 
 class ConvolutionArguments(NamedTuple):
@@ -63,7 +68,8 @@ class ConvolutionArguments(NamedTuple):
             upsampled (nearest); added at listed pixels.
         accumulate: Add what `out` holds, as a residual that is updated in place.
         residual_after: Add the residual after the activation instead of before.
-        winograd: The weights are `transformed` before they were packed: a window of 3x3, stride 1.
+        winograd: The weights are `transformed` before they were packed, or packed by
+            `pack_strided`: see `takes_winograd`.
         activate_if_all: The activation is left out unless every pixel is listed.
     """
 
@@ -98,11 +104,39 @@ class ConvolutionArguments(NamedTuple):
         return self.weights.dtype is torch.int8
 
     @property
+    def strided(self) -> bool:
+        """Whether the weights are packed by `pack_strided`."""
+        return self.winograd and self.window[2] > 1
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices the weights are: one for each tap, or part of a tile."""
+        if self.strided:
+            return STRIDED_SIDE**2
+        return TRANSFORMED_PARTS if self.winograd else self.window[0] * self.window[1]
+
+    @property
     def residual_upsampling(self) -> int:
         """How many pixels of `out`, in a row, one of the residual is added to."""
         if self.residual is None:
             return 1
         return self.out.shape[1] // max(self.residual.shape[1], 1)
+
+
+def takes_winograd(window: Sequence[int], groups: int, channels: int) -> bool:
+    """Whether Winograd's algorithm can compute a convolution.
+
+    That is a window of 3x3 with stride 1, or of 7x7 with stride 2, not dilated and on up to four
+    channels, in one group.
+
+    Args:
+        window: Kernel, stride and dilation, each vertical, horizontal, and what follows.
+        groups: Of the convolution.
+        channels: Of its input.
+    """
+    small = tuple(window[:4]) == (3, 3, 1, 1)
+    strided = tuple(window[:6]) == (7, 7, 2, 2, 1, 1) and channels <= _MOST_STRIDED_CHANNELS
+    return groups == 1 and (small or strided)
 
 
 def is_map(x: Tensor) -> bool:
@@ -233,10 +267,10 @@ def check_convolution(a: ConvolutionArguments) -> None:
         raise PagError(f"out {tuple(a.out.shape)} with stride {a.window[2:4]} is too large")
     if a.activation not in ACTIVATIONS:
         raise PagError(f"activation={a.activation!r}: expected one of {ACTIVATIONS}")
-    if a.winograd and (tuple(a.window[:4]) != _WINOGRAD_WINDOW or a.groups > 1):
+    if a.winograd and not takes_winograd(a.window, a.groups, channels):
         raise PagError(
-            f"winograd with window={tuple(a.window)} and groups={a.groups}: expected kernel 3x3, "
-            "stride 1, one group"
+            f"winograd with window={tuple(a.window)}, {channels} channels and groups={a.groups}: "
+            f"{WINOGRAD_WINDOWS}"
         )
     _check_weights(a, channels)
     check_vector("bias", a.bias, (out_channels,))
@@ -285,7 +319,7 @@ def check_sources(
 
 
 def _check_weights(a: ConvolutionArguments, channels: int) -> None:
-    taps = TRANSFORMED_PARTS if a.winograd else a.window[0] * a.window[1]
+    taps = a.matrices
     size = packed_size(a.out.shape[3], channels, a.groups, taps)
     if not a.compressed and not a.in_digits:
         return check_vector("weights", a.weights, (size,))
@@ -308,6 +342,8 @@ def _check_weights(a: ConvolutionArguments, channels: int) -> None:
         )
     if a.in_digits and a.winograd:
         raise PagError("winograd with weights in digits: expected floats, or compressed ones")
+    if a.strided:
+        raise PagError("winograd with stride 2 and compressed weights: expected floats")
 
 
 def _check_groups(a: ConvolutionArguments, channels: int) -> None:

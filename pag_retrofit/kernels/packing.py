@@ -12,7 +12,9 @@ that output channel of its group whose number differs from its own by the bits o
 input channels is multiplied as it lies.
 
 A 3x3 weight may be transformed first, to 4x4 (`transformed`), for convolution in tiles of 2x2
-output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308).
+output pixels: F(2x2, 3x3) of Lavin & Gray, CVPR 2016 (arXiv 1509.09308). So may a 7x7 weight for
+windows two pixels apart, to 9x9 (`pack_strided`): even taps by F(2, 4), odd ones by F(2, 3). Blocks
+are 16 wide then, and the parts of an input channel lie column by column.
 
 A packed weight may be compressed (`compress`) to whole numbers of 24 bits, multiples of a step of
 each output channel: the power of two with which its largest weight just fits. Weights are off by at
@@ -46,6 +48,18 @@ TRANSFORMED_SIDE = 4
 TRANSFORMED_PARTS = TRANSFORMED_SIDE**2
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _BACK = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, -1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+STRIDED_SIDE = 9
+_STRIDED_TRANSFORM = (  # even taps at 0, 1, -1, infinity and 2; odd ones at the first four
+    (1 / 2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (-1 / 2, 0.0, -1 / 2, 0.0, -1 / 2, 0.0, -1 / 2),
+    (-1 / 6, 0.0, 1 / 6, 0.0, -1 / 6, 0.0, 1 / 6),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
+    (1 / 6, 0.0, 1 / 3, 0.0, 2 / 3, 0.0, 4 / 3),
+    (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 1 / 2, 0.0, 1 / 2, 0.0, 1 / 2, 0.0),
+    (0.0, 1 / 2, 0.0, -1 / 2, 0.0, 1 / 2, 0.0),
+    (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+)
 
 
 def is_depthwise(out_channels: int, channels: int, groups: int) -> bool:
@@ -241,8 +255,24 @@ def untransformed(weight: Tensor) -> Tensor:
     return _on_both_axes(_BACK, weight)
 
 
-def _on_both_axes(matrix: tuple[tuple[float, ...], ...], weight: Tensor) -> Tensor:
-    transform = torch.tensor(matrix, dtype=torch.float64)
+def pack_strided(weight: Tensor) -> Tensor:
+    """Transform and pack a weight (out, in, 7, 7) for windows two pixels apart: one axis."""
+    parts = _on_both_axes(_STRIDED_TRANSFORM, weight)
+    padded = parts.new_zeros(_rounded(weight.shape[0]), *parts.shape[1:])
+    padded[: weight.shape[0]] = parts
+    return padded.unflatten(0, (-1, NARROW)).permute(0, 4, 2, 3, 1).flatten()
+
+
+def unpack_strided(packed: Tensor, out_channels: int, channels: int) -> Tensor:
+    """Undo `pack_strided`, up to rounding."""
+    blocks = packed.view(-1, STRIDED_SIDE, channels, STRIDED_SIDE, NARROW)
+    parts = blocks.permute(0, 4, 2, 3, 1).flatten(0, 1)[:out_channels]
+    back = torch.linalg.pinv(torch.tensor(_STRIDED_TRANSFORM, dtype=torch.float64))
+    return _on_both_axes(back, parts)
+
+
+def _on_both_axes(matrix: tuple[tuple[float, ...], ...] | Tensor, weight: Tensor) -> Tensor:
+    transform = torch.as_tensor(matrix, dtype=torch.float64)
     return (transform @ weight.detach().double() @ transform.t()).float()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pag_retrofit.errors import PagError
 from pag_retrofit.functional import Window
 from pag_retrofit.kernels import native
-from pag_retrofit.kernels.arguments import ACTIVATIONS, Taps
+from pag_retrofit.kernels.arguments import ACTIVATIONS, WINOGRAD_WINDOWS, Taps, takes_winograd
 from pag_retrofit.kernels.operators import backend, convolve, visible
 from pag_retrofit.kernels.packing import (
     DIGITS_DEPTH,
@@ -23,6 +23,7 @@ from pag_retrofit.kernels.packing import (
     NARROW,
     compress,
     in_digits,
+    pack_strided,
     pack_weight,
     transformed,
 )
@@ -31,6 +32,7 @@ from pag_retrofit.kernels.tape import recording
 _OPS = torch.ops.pag_retrofit
 _PIXELS_FOR_WINOGRAD = 128
 _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
+_FEW_REGISTERS = "avx2"  # 16 of them, where other sets have 32 or make do with narrow ones
 _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
 _LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
@@ -85,7 +87,8 @@ class PerforatedConvolution(nn.Module):
         slope: Of `"leaky_relu"`; default 0.01.
         winograd: Compute in tiles of 2x2 pixels, with 4/9 of the multiplications and 16/9 of the
             weights; worth it where there are many pixels and channels. For windows of 3x3 with
-            stride 1, ungrouped. Default False.
+            stride 1, ungrouped; and for those of 7x7 with stride 2 on at most four channels, with
+            0.41 of the multiplications. Default False.
         activate_if_all: Leave the activation out unless every pixel is listed: others will be
             interpolated between them first. Default False.
         compressed: Hold the weights as whole numbers of 24 bits, which rounds them (to 2^-23 of the
@@ -99,7 +102,8 @@ class PerforatedConvolution(nn.Module):
 
     Raises:
         PagError: The activation is unknown, or the window is not one for Winograd's algorithm.
-        PagError: Compressed weights, or digits, in several groups, or digits and one of the others.
+        PagError: Compressed weights, or digits, in several groups, or digits and one of the others,
+            or compressed weights and tiles with stride 2.
     """
 
     weights: Tensor
@@ -128,13 +132,17 @@ class PerforatedConvolution(nn.Module):
         self.window, self.groups = window, groups
         self.activation, self.slope, self.winograd = activation, slope, winograd
         self.activate_if_all = activate_if_all
-        if winograd and not _takes_winograd(window, groups):
+        self._flat_window = [number for pair in window[:4] for number in pair]
+        if winograd and not takes_winograd(self._flat_window, groups, self.channels):
             raise PagError(
-                f"winograd=True with {window} and groups={groups}: expected kernel 3x3, stride 1, "
-                "one group"
+                f"winograd=True with {window}, {self.channels} channels and groups={groups}: "
+                f"{WINOGRAD_WINDOWS}"
             )
+        self._strided = winograd and window.stride[0] > 1
         if compressed and groups > 1:
             raise PagError(f"compressed=True with groups={groups}: expected one group")
+        if compressed and self._strided:
+            raise PagError(f"compressed=True with winograd=True and {window}: expected stride 1")
         if digits and (groups > 1 or winograd or compressed):
             raise PagError(
                 f"digits=True with groups={groups}, winograd={winograd}, compressed={compressed}: "
@@ -143,7 +151,6 @@ class PerforatedConvolution(nn.Module):
         self.compressed, self.digits = compressed, digits
         self.register_buffer("weights", self._packed(weight))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self._flat_window = [number for pair in window[:4] for number in pair]
 
     def forward(
         self,
@@ -189,6 +196,8 @@ class PerforatedConvolution(nn.Module):
         self.weights.copy_(self._packed(weight))
 
     def _packed(self, weight: Tensor) -> Tensor:
+        if self._strided:
+            return pack_strided(weight)
         weight = transformed(weight) if self.winograd else weight
         packed, taps = pack_weight(weight, self.groups), weight.shape[2] * weight.shape[3]
         if self.compressed:
@@ -211,10 +220,6 @@ class PerforatedConvolution(nn.Module):
 _NOTHING = Epilogue()
 
 
-def _takes_winograd(window: Window, groups: int) -> bool:
-    return window[:2] == ((3, 3), (1, 1)) and groups == 1
-
-
 def prefers_winograd(
     weight: Tensor, window: Window, groups: int, pixels: int, upsampled: bool = False
 ) -> bool:
@@ -222,7 +227,7 @@ def prefers_winograd(
 
     It holds and reads 16/9 of the weights, which few pixels do not pay for, and transforms inputs
     and results, which few channels do not pay for. Upsampled maps, of which 7 of 16 products are
-    zero, always do.
+    zero, always do. With stride 2 no weights are many; AVX2 has too few registers for it.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -231,13 +236,14 @@ def prefers_winograd(
         pixels: Of its output, all images together.
         upsampled: Its first source is; default False.
     """
+    flat = [number for pair in window[:3] for number in pair]
+    if not takes_winograd(flat, groups, weight.shape[1] * groups) or pixels < _PIXELS_FOR_WINOGRAD:
+        return False
+    if window.stride[0] > 1:
+        registers = backend() is native and native.instruction_set() != _FEW_REGISTERS
+        return registers and weight.shape[0] >= NARROW and not upsampled
     matrix = weight.shape[0] * weight.shape[1]
-    enough = pixels >= _PIXELS_FOR_WINOGRAD and 2 * pixels**2 >= matrix
-    return (
-        _takes_winograd(window, groups)
-        and enough
-        and (matrix >= _CHANNELS_FOR_WINOGRAD or upsampled)
-    )
+    return 2 * pixels**2 >= matrix and (matrix >= _CHANNELS_FOR_WINOGRAD or upsampled)
 
 
 def gap_between_pixels(channels: int) -> int:

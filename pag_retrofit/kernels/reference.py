@@ -19,6 +19,7 @@ from pag_retrofit.kernels.packing import (
     expand,
     from_digits,
     is_depthwise,
+    unpack_strided,
     unpack_weight,
     untransformed,
 )
@@ -30,15 +31,7 @@ def convolution(a: ConvolutionArguments) -> None:
     """Convolve at listed pixels: gather what each reads, then multiply; see the arguments."""
     batch, height, width, out_channels = a.out.shape
     channels = sum(source.shape[3] for source in a.sources)
-    kernel = (TRANSFORMED_SIDE,) * 2 if a.winograd else (a.window[0], a.window[1])
-    packed = a.weights
-    if a.compressed:
-        packed = expand(packed, out_channels, channels, kernel[0] * kernel[1])
-    elif a.in_digits:
-        packed = from_digits(packed, out_channels, channels, kernel[0] * kernel[1])
-    weight = unpack_weight(packed, out_channels, channels, a.groups, kernel)
-    if a.winograd:
-        weight = untransformed(weight)
+    weight = _weight(a, channels)
     listed = _listed(a.pixels, a.length, batch * height * width)
     for pixels in listed.split(_PIXELS_AT_ONCE):
         where = _coordinates(pixels, height, width)
@@ -55,6 +48,20 @@ def convolution(a: ConvolutionArguments) -> None:
         if added is not None and a.residual_after:
             y = y + added
         a.out[where] = y
+
+
+def _weight(a: ConvolutionArguments, channels: int) -> Tensor:
+    """The weight (out, in / groups, kh, kw) as it was before it was packed."""
+    out_channels, packed = a.out.shape[3], a.weights
+    if a.strided:
+        return unpack_strided(packed, out_channels, channels)
+    if a.compressed:
+        packed = expand(packed, out_channels, channels, a.matrices)
+    elif a.in_digits:
+        packed = from_digits(packed, out_channels, channels, a.matrices)
+    kernel = (TRANSFORMED_SIDE,) * 2 if a.winograd else (a.window[0], a.window[1])
+    weight = unpack_weight(packed, out_channels, channels, a.groups, kernel)
+    return untransformed(weight) if a.winograd else weight
 
 
 def _added(a: ConvolutionArguments, where: tuple[Tensor, ...]) -> Tensor | None:

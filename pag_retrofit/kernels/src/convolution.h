@@ -270,39 +270,6 @@ PAG_INLINE void expand_and_multiply_block(int, const Input&, const pag_block&, f
 // as wide as others, the first one waits for the memory, which then waits for the other tiles.
 
 #if defined(__AVX512F__)
-struct Interleaving {
-  alignas(64) int32_t first[LANES], second[LANES];
-};
-
-constexpr Interleaving make_interleaving() {
-  Interleaving made = {};
-  for (int i = 0; i < LANES; i++) {
-    made.first[i] = i / 2 + i % 2 * LANES;
-    made.second[i] = made.first[i] + LANES / 2;
-  }
-  return made;
-}
-
-constexpr Interleaving INTERLEAVING = make_interleaving();
-
-// Interleaving each vector with that half of them behind turns the bits of all indices by one.
-PAG_INLINE void transpose(Vector (&v)[LANES]) {
-  Integers first, second;
-  memcpy(&first, INTERLEAVING.first, sizeof first);
-  memcpy(&second, INTERLEAVING.second, sizeof second);
-  PAG_UNROLL
-  for (int step = LANES; step > 1; step /= 2) {
-    Vector turned[LANES];
-    PAG_UNROLL
-    for (int i = 0; i < LANES / 2; i++) {
-      turned[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], first);
-      turned[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], second);
-    }
-    PAG_UNROLL
-    for (int i = 0; i < LANES; i++) v[i] = turned[i];
-  }
-}
-
 // Up to LANES rows as columns, the next number `step` floats on.
 PAG_INLINE void transpose_rows(const float* const* rows, int pixels, int64_t length, int64_t step,
                                float* to) {

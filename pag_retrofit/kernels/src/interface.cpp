@@ -265,6 +265,14 @@ void size_digits(pag_plan& plan) {
   plan.panel_bytes = whole_lines(sizeof(float) * padded);
 }
 
+bool is_strided(const pag_convolution& call) { return call.winograd && call.stride[0] > 1; }
+
+// Matrices of weights: taps, or what Winograd's algorithm makes of them.
+int32_t matrices(const pag_convolution& call) {
+  if (is_strided(call)) return PAG_SPAN * PAG_SPAN;
+  return call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
+}
+
 pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernels& table) {
   constexpr int FEW_CHANNELS = 8;  // then a tap is too short a loop
   constexpr int THIN_CHANNELS = 64;
@@ -272,7 +280,7 @@ pag_plan make_plan(const pag_convolution& call, int64_t pixels, const pag_kernel
   constexpr int FEW_OUT_CHANNELS = 4, MOST_DOTS = 12, LEAST_CHANNELS = 16, LEAST_PIXELS = 64;
   pag_plan plan = {};
   plan.call = &call;
-  plan.taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
+  plan.taps = matrices(call);
   plan.segments = plan.taps * call.source_count;
   const int group_columns = call.out_channels / call.groups;
   const int joined = call.groups > 1 ? std::max(1, 16 / group_columns) : 1;
@@ -364,7 +372,7 @@ int32_t blocks_together(const pag_plan& plan, int64_t shares) {
 // column, are the same one.
 void find_repeating(const pag_convolution& call, pag_tiling& tiling) {
   if (call.height % 2 || call.width % 2 || call.padding[0] % 2 == 0 || call.padding[1] % 2 == 0 ||
-      call.dilation[0] * call.dilation[1] > 1)
+      call.dilation[0] * call.dilation[1] > 1 || is_strided(call))
     return;
   while (tiling.repeating < call.source_count && call.sources[tiling.repeating].shift)
     tiling.repeating_channels += call.sources[tiling.repeating++].channels;
@@ -374,15 +382,17 @@ int32_t tiles_along(int32_t size, int32_t dilation) {
   return (size + 2 * dilation - 1) / (2 * dilation) * dilation;
 }
 
-pag_tiling make_tiling(const pag_plan& plan, int tile) {
+// Memory for groups of tiles.
+void size_groups(const pag_convolution& call, int tile, pag_tiling& tiling) {
   constexpr int64_t PAD = LINE / sizeof(float);  // keeps rows from competing for the same lines
-  const pag_convolution& call = *plan.call;
-  pag_tiling tiling = {};
-  tiling.rows = tiles_along(call.out_height, call.dilation[0]);
-  tiling.columns = tiles_along(call.out_width, call.dilation[1]);
-  tiling.per_rows = 1.0 / tiling.rows;
-  tiling.per_columns = 1.0 / tiling.columns;
-  find_repeating(call, tiling);
+  tiling.row_bytes = whole_lines(sizeof(float) * std::max(call.channels, call.out_channels));
+  if (is_strided(call)) {
+    constexpr int64_t TIMES = 3;  // as they lie, turned and transformed
+    tiling.group = PAG_TOGETHER;
+    tiling.patches_bytes =
+        whole_lines(TIMES * sizeof(float) * PAG_TOGETHER * PAG_SPAN * PAG_SPAN * call.channels);
+    return;
+  }
   tiling.patch = (call.channels + PAD - 1) / PAD * PAD + PAD;
   const int64_t bytes = PAG_PARTS * sizeof(float) * (tiling.patch + PAG_PRODUCT);
   // Weights that outgrow the cache are read anew for every group: larger ones then, though their
@@ -394,26 +404,37 @@ pag_tiling make_tiling(const pag_plan& plan, int tile) {
   tiling.product_part = tiling.group * PAG_PRODUCT + PAD;
   tiling.patches_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.patch_part);
   tiling.products_bytes = whole_lines(PAG_PARTS * sizeof(float) * tiling.product_part);
-  tiling.row_bytes = whole_lines(sizeof(float) * std::max(call.channels, call.out_channels));
   tiling.tiles_bytes = whole_lines(sizeof(int32_t) * (PAG_PARTS * tiling.group + 1));
   if (call.compressed) tiling.expanded_bytes = sizeof(float) * 32 * call.channels;
+}
+
+pag_tiling make_tiling(const pag_plan& plan, int tile, int32_t before) {
+  const pag_convolution& call = *plan.call;
+  pag_tiling tiling = {};
+  tiling.rows = tiles_along(before + call.out_height, call.dilation[0]);
+  tiling.columns = tiles_along(call.out_width, call.dilation[1]);
+  tiling.per_rows = 1.0 / tiling.rows;
+  tiling.per_columns = 1.0 / tiling.columns;
+  find_repeating(call, tiling);
+  size_groups(call, tile, tiling);
   return tiling;
 }
 
-// Along one axis: the tile of each pixel, whether it is its second one, and where tiles begin.
+// Along one axis: the tile of each pixel, whether it is its second one, and where tiles begin: so many
+// pixels before the first one.
 struct Axis {
   int32_t *tile, *second, *first;
 
-  Axis(int32_t*& memory, int32_t size, int32_t tiles, int32_t dilation)
+  Axis(int32_t*& memory, int32_t size, int32_t tiles, int32_t dilation, int32_t before)
       : tile(memory), second(tile + size), first(second + size) {
     memory = first + tiles;
     for (int32_t at = 0; at < size; at++) {
-      const int32_t pair = at / (2 * dilation), inside = at % (2 * dilation);
+      const int32_t pair = (at + before) / (2 * dilation), inside = (at + before) % (2 * dilation);
       tile[at] = pair * dilation + inside % dilation;
       second[at] = inside / dilation;
     }
     for (int32_t at = 0; at < tiles; at++)
-      first[at] = at / dilation * 2 * dilation + at % dilation;
+      first[at] = at / dilation * 2 * dilation + at % dilation - before;
   }
 };
 
@@ -454,17 +475,18 @@ bool take_tile_scratch(const pag_tiling& tiling, pag_tile_scratch& scratch) {
   return true;
 }
 
-int convolve_tiles(const pag_plan& plan, int threads) {
+// Tiles begin some rows before the first one.
+int convolve_tiles(const pag_plan& plan, int threads, int32_t before) {
   const pag_kernels& table = kernels();
   const pag_convolution& call = *plan.call;
-  pag_tiling tiling = make_tiling(plan, table.tile);
+  pag_tiling tiling = make_tiling(plan, table.tile, before);
   const int64_t all = (int64_t)call.batch * tiling.rows * tiling.columns;
   const int64_t numbers = all + 2 * (call.out_height + call.out_width) + tiling.rows + tiling.columns;
   char* memory = thread_tiles.at_least(whole_lines(numbers * sizeof(int32_t) + all));
   if (!memory) return PAG_NO_MEMORY;
   int32_t* at = reinterpret_cast<int32_t*>(memory);
-  const Axis rows(at, call.out_height, tiling.rows, call.dilation[0]);
-  const Axis columns(at, call.out_width, tiling.columns, call.dilation[1]);
+  const Axis rows(at, call.out_height, tiling.rows, call.dilation[0], before);
+  const Axis columns(at, call.out_width, tiling.columns, call.dilation[1], 0);
   uint8_t* open = reinterpret_cast<uint8_t*>(at + all);
   mark_tiles(plan, tiling, rows, columns, open);
   int64_t count = 0;
@@ -476,8 +498,9 @@ int convolve_tiles(const pag_plan& plan, int threads) {
   tiling.open = open;
   tiling.first_rows = rows.first;
   tiling.first_columns = columns.first;
-  const int64_t macs = count * PAG_PARTS * call.channels * call.out_channels;
+  const int64_t macs = count * plan.taps * call.channels * call.out_channels;
   threads = worthwhile(threads, macs / 8);
+  const auto compute = is_strided(call) ? table.strided : table.winograd;
   // Each share reads all of its weights: no more shares than groups, but then some for every thread.
   const int64_t groups = (count + tiling.group - 1) / tiling.group;
   const int64_t chunks = std::min<int64_t>(threads == 1 ? 1 : groups, threads * UNITS_PER_THREAD);
@@ -488,9 +511,9 @@ int convolve_tiles(const pag_plan& plan, int threads) {
     const int64_t chunk = unit / parts, part = unit % parts;
     pag_tile_scratch scratch;
     if (take_tile_scratch(tiling, scratch))
-      table.winograd(&plan, &tiling, &scratch, (int32_t)(plan.blocks * part / parts),
-                     (int32_t)(plan.blocks * (part + 1) / parts), count * chunk / chunks,
-                     count * (chunk + 1) / chunks);
+      compute(&plan, &tiling, &scratch, (int32_t)(plan.blocks * part / parts),
+              (int32_t)(plan.blocks * (part + 1) / parts), count * chunk / chunks,
+              count * (chunk + 1) / chunks);
     else
       failed.store(true);
   });
@@ -521,7 +544,9 @@ int convolve_digits(const pag_plan& plan, int threads) {
   return failed.load() ? PAG_NO_MEMORY : PAG_OK;
 }
 
-int convolve(const pag_convolution* given, int threads) {
+// `before`: output rows that a map has before those of the call, of which tiles would begin at every
+// other one.
+int convolve(const pag_convolution* given, int threads, int32_t before = 0) {
   const pag_kernels& table = kernels();
   const int64_t all = (int64_t)given->batch * given->out_height * given->out_width;
   const int64_t pixels = check_list(given->list, all);
@@ -534,7 +559,7 @@ int convolve(const pag_convolution* given, int threads) {
     call = &linear;
   }
   pag_plan plan = make_plan(*call, pixels, table);
-  if (call->winograd) return convolve_tiles(plan, threads);
+  if (call->winograd) return convolve_tiles(plan, threads, before % (2 * call->dilation[0]));
   const int64_t weights =
       (int64_t)plan.taps * call->out_channels * call->channels / call->groups;
   const int64_t floats = plan.pixels * (call->channels + call->out_channels) + weights;
@@ -776,9 +801,8 @@ struct Stage {
 
 // Whether a convolution can be done row by row: weights are read anew for each few rows.
 bool can_band(const pag_convolution& call, int64_t count) {
-  const int64_t taps = call.winograd ? PAG_PARTS : call.kernel[0] * call.kernel[1];
-  const int64_t weights = taps * call.out_channels * call.channels / call.groups;
-  bool plain = call.list.pixels || !call.winograd;
+  const int64_t weights = (int64_t)matrices(call) * call.out_channels * call.channels / call.groups;
+  bool plain = true;
   for (int s = 0; s < call.source_count; s++) plain &= call.list.pixels || !call.sources[s].shift;
   return plain && 2 * (int64_t)sizeof(float) * weights <= weights_budget() &&
          !(call.residual && call.residual_shift) && !call.scale && !call.input_scale &&
@@ -894,7 +918,7 @@ int convolve_rows(const pag_convolution& whole, int64_t count, Rows rows, const 
   const int32_t *first = call.list.pixels, *last = first + count;
   if (!first) {
     const pag_convolution part = rows_alone(call, rows);
-    return count ? convolve(&part, 1) : PAG_OK;
+    return count ? convolve(&part, 1, (int32_t)(rows.begin % call.out_height)) : PAG_OK;
   }
   const int32_t* from = std::lower_bound(first, last, rows.begin * call.out_width);
   const int32_t* to = std::lower_bound(from, last, rows.end * call.out_width);

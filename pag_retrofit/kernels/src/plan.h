@@ -56,6 +56,7 @@ struct pag_scratch {
 enum { PAG_CHANNELS_GROUP = 8 };
 
 enum { PAG_PARTS = 16, PAG_PRODUCT = 32 };  // of a tile; output channels of a block
+enum { PAG_SPAN = 9, PAG_TOGETHER = 16 };   // strided.h: parts along an axis; tiles that go together
 enum { PAG_NARROW = 16 };                   // output channels of a block that is narrower
 
 // Weights as digits, and input, lie in steps of so many rows of the matrix: (step, digit, 16 rows, 64)
@@ -102,6 +103,9 @@ struct pag_kernels {
                  int64_t tile_begin, int64_t tile_end);
   void (*winograd)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int32_t block_begin,
                    int32_t block_end, int64_t begin, int64_t end);
+  // The same of windows that are two pixels apart.
+  void (*strided)(const pag_plan*, const pag_tiling*, pag_tile_scratch*, int32_t block_begin,
+                  int32_t block_end, int64_t begin, int64_t end);
   void (*layer_norm)(const pag_rows*, int64_t begin, int64_t end);
   void (*mean)(const pag_rows*, int64_t count, const int64_t* counts, int32_t channel_begin,
                int32_t channel_end);

@@ -119,6 +119,40 @@ PAG_INLINE Vector sum_each(Vector (&v)[LANES]) {
   return v[0];
 }
 
+// Of two vectors, their lanes in turn: the first halves, and the second ones.
+struct Interleaving {
+  alignas(64) int32_t first[LANES], second[LANES];
+};
+
+constexpr Interleaving make_interleaving() {
+  Interleaving made = {};
+  for (int i = 0; i < LANES; i++) {
+    made.first[i] = i / 2 + i % 2 * LANES;
+    made.second[i] = made.first[i] + LANES / 2;
+  }
+  return made;
+}
+
+constexpr Interleaving INTERLEAVING = make_interleaving();
+
+// Interleaving each vector with that half of them behind turns the bits of all indices by one.
+PAG_INLINE void transpose(Vector (&v)[LANES]) {
+  Integers first, second;
+  memcpy(&first, INTERLEAVING.first, sizeof first);
+  memcpy(&second, INTERLEAVING.second, sizeof second);
+  PAG_UNROLL
+  for (int step = LANES; step > 1; step /= 2) {
+    Vector turned[LANES];
+    PAG_UNROLL
+    for (int i = 0; i < LANES / 2; i++) {
+      turned[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], first);
+      turned[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], second);
+    }
+    PAG_UNROLL
+    for (int i = 0; i < LANES; i++) v[i] = turned[i];
+  }
+}
+
 // Written so that a NaN passes, as in torch: of the instructions' operands it is the second one.
 #if defined(__AVX512F__)
 PAG_INLINE Vector at_least(Vector x, float low) {
