@@ -27,6 +27,7 @@ from pag_retrofit import deploy, override_gates, retrofit
 from pag_retrofit.checkpoints import write_json
 from pag_retrofit.io import ModelSpec
 from pag_retrofit.kernels.arguments import ConvolutionArguments
+from pag_retrofit.kernels.packing import STRIDED_SIDE
 from pag_retrofit.stages import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "roofline.json"
@@ -84,8 +85,10 @@ def multiplications(call: ConvolutionArguments) -> int:
         pixels = call.out.shape[:3].numel() if call.length is None else int(call.length)
         return pixels * call.window[0] * call.window[1] * channels
     if call.strided:
-        tiles = int(listed_corners(call).flatten(1).any(1).sum())
-        return tiles * call.matrices * channels
+        corners = listed_corners(call)
+        parts = torch.tensor([0, 7, STRIDED_SIDE])  # along an axis: of no pixel, of one and of both
+        down, across = (parts[corners.any(axis).sum(1)] for axis in (2, 1))
+        return int((down * across).sum()) * channels
     upsampled = itertools.takewhile(
         lambda pair: pair[1] > 1, zip(call.sources, call.upsampling, strict=True)
     )

@@ -460,6 +460,25 @@ void mark_tiles(const pag_plan& plan, const pag_tiling& tiling, const Axis& rows
   }
 }
 
+// Tiles with listed pixels; if asked for those of the same rows and columns one after the other. Returns
+// how many.
+int64_t list_tiles(const uint8_t* open, int64_t all, bool sorted, int32_t* tiles) {
+  constexpr int KINDS = 9;  // first row, second or both, and the same of columns
+  int64_t ends[KINDS + 1] = {};
+  uint8_t kind[1 << 4];
+  for (int bits = 0; bits < 1 << 4; bits++) {
+    const int rows = (bits & 3 ? 1 : 0) + (bits & 12 ? 2 : 0);
+    const int columns = (bits & 5 ? 1 : 0) + (bits & 10 ? 2 : 0);
+    kind[bits] = bits && sorted ? 3 * (rows - 1) + columns - 1 : 0;
+  }
+  for (int64_t i = 0; i < all; i++) ends[kind[open[i]] + 1] += open[i] != 0;
+  for (int i = 0; i < KINDS; i++) ends[i + 1] += ends[i];
+  const int64_t count = ends[KINDS];
+  for (int64_t i = 0; i < all; i++)
+    if (open[i]) tiles[ends[kind[open[i]]]++] = (int32_t)i;
+  return count;
+}
+
 bool take_tile_scratch(const pag_tiling& tiling, pag_tile_scratch& scratch) {
   char* at = thread_scratch.at_least(tiling.patches_bytes + tiling.products_bytes +
                                      2 * tiling.row_bytes + tiling.tiles_bytes +
@@ -489,11 +508,7 @@ int convolve_tiles(const pag_plan& plan, int threads, int32_t before) {
   const Axis columns(at, call.out_width, tiling.columns, call.dilation[1], 0);
   uint8_t* open = reinterpret_cast<uint8_t*>(at + all);
   mark_tiles(plan, tiling, rows, columns, open);
-  int64_t count = 0;
-  for (int64_t i = 0; i < all; i++) {
-    at[count] = (int32_t)i;
-    count += open[i] != 0;
-  }
+  const int64_t count = list_tiles(open, all, is_strided(call), at);
   tiling.tiles = at;
   tiling.open = open;
   tiling.first_rows = rows.first;

@@ -7,7 +7,8 @@
 // at the same point is added before it is transformed back.
 //
 // A patch of 9x9 pixels becomes 9x9 parts: along each axis five of the even pixels, then four of the
-// odd ones. Tiles are transformed 16 at a time, which lie side by side in vectors.
+// odd ones. Tiles are transformed 16 at a time, which lie side by side in vectors. A pixel is made of seven
+// of nine parts along an axis, so single ones take 49 multiplications, as many as a direct convolution.
 #pragma once
 
 #include "winograd.h"
@@ -26,43 +27,47 @@ constexpr int TILES_AT_ONCE = 2;
 #endif
 static_assert(TOGETHER % LANES == 0, "they are whole vectors");
 
-// Pixels of a patch that listed output pixels read, in one of its rows: a bit each.
-PAG_INLINE uint32_t read_in_row(uint32_t open, int row) {
-  constexpr uint32_t WINDOW = 0x7f;
-  uint32_t read = 0;
-  for (int corner = 0; corner < CORNERS; corner++) {
-    const int above = 2 * (corner / 2);
-    if (open >> corner & 1 && row >= above && row < above + 7) read |= WINDOW << 2 * (corner % 2);
-  }
-  return read;
+// Parts along an axis, a bit each, that the first pixel of a tile is made of, the second one, and both.
+constexpr uint32_t FIRST = 0x0f7, SECOND = 0x1de, BOTH = FIRST | SECOND;
+
+PAG_INLINE uint32_t parts_down(uint32_t open) {
+  return (open & 3 ? FIRST : 0) | (open & 12 ? SECOND : 0);
 }
 
-// A patch that is not read as it lies: zeros where nothing is read, or nothing is there.
+PAG_INLINE uint32_t parts_across(uint32_t open) {
+  return (open & 5 ? FIRST : 0) | (open & 10 ? SECOND : 0);
+}
+
+PAG_INLINE bool are_alike(uint32_t open, uint32_t other) {
+  return parts_down(open) == parts_down(other) && parts_across(open) == parts_across(other);
+}
+
+// A patch that is not read as it lies, zeros where there is nothing.
 PAG_OUTLINE void copy_patch(const pag_convolution& call, const Patch& p, int top, int left,
                             float* to) {
   const float* scale = call.input_scale;
   if (scale) scale += (int64_t)p.image * call.channels;
   memset(to, 0, sizeof(float) * SPAN * SPAN * call.channels);
-  for (int i = 0; i < SPAN; i++) {
-    const uint32_t read = (uint32_t)(top + i) < (uint32_t)call.height ? read_in_row(p.open, i) : 0;
+  for (int i = 0; i < SPAN; i++)
     for (int j = 0; j < SPAN; j++, to += call.channels) {
-      if (!(read >> j & 1) || (uint32_t)(left + j) >= (uint32_t)call.width) continue;
+      if ((uint32_t)(top + i) >= (uint32_t)call.height || (uint32_t)(left + j) >= (uint32_t)call.width)
+        continue;
       for (int s = 0, channel = 0; s < call.source_count; s++) {
         const float* from = row_of(call.sources[s], p.image, top + i, left + j);
         for (int k = 0; k < call.sources[s].channels; k++, channel++)
           to[channel] = scale ? from[k] * scale[channel] : from[k];
       }
     }
-  }
 }
 
-// Where the rows of a patch lie.
+// Where the rows of a patch lie. What no listed pixel reads may never have been written, and does no harm:
+// a pixel is made of parts that are made of what it reads.
 PAG_INLINE void find_strided_patch(const pag_convolution& call, const Patch& p, float* copy,
                                    const float** rows) {
   const pag_source& source = call.sources[0];
   const int top = 2 * p.y - call.padding[0], left = 2 * p.x - call.padding[1];
   const bool inside = top >= 0 && left >= 0 && top + SPAN <= call.height && left + SPAN <= call.width;
-  const bool whole = inside && p.open == 15 && call.source_count == 1 && !source.shift &&
+  const bool whole = inside && call.source_count == 1 && !source.shift &&
                      source.stride == call.channels && !call.input_scale;
   if (!whole) copy_patch(call, p, top, left, copy);
   for (int i = 0; i < SPAN; i++)
@@ -122,13 +127,14 @@ PAG_OUTLINE void transform_turned(const float* turned, int channels, float* part
     }
 }
 
-// Adds what the parts down of one part across contribute to the sums of all points.
-template <int TILES>
+// Adds what some parts down of one part across contribute to the sums of all points.
+template <int TILES, uint32_t DOWN>
 PAG_INLINE void add_products(const float* parts, const float* weights, int channels,
                              Vector (&sums)[POINTS][TILES]) {
   for (int c = 0; c < channels; c++)
     PAG_UNROLL
     for (int i = 0; i < SPAN; i++, parts += TOGETHER, weights += HALF) {
+      if (!(DOWN >> i & 1)) continue;
       Vector w = load(weights);
       PAG_ONE_REGISTER(w);
       PAG_UNROLL
@@ -143,13 +149,16 @@ PAG_INLINE void transform_back(const Vector (&at)[POINTS], Vector& first, Vector
 }
 
 // Some tiles of a vector of output channels, transformed back down: (points across, 2, TILES, LANES).
-template <int TILES>
-PAG_OUTLINE void multiply_parts(const float* parts, const float* weights, int channels, float* to) {
+template <int TILES, uint32_t DOWN>
+PAG_OUTLINE void multiply_parts(const float* parts, const float* weights, int channels, uint32_t needed,
+                                float* to) {
   const int step = channels * SPAN;  // parts of one part across
   for (int point = 0; point < POINTS; point++, to += 2 * TILES * LANES) {
     Vector sums[POINTS][TILES] = {};
-    for (int across = point; across < (point < SHARED ? SPAN : POINTS); across += POINTS)
-      add_products(parts + across * step * TOGETHER, weights + across * step * HALF, channels, sums);
+    for (int across = point; across < SPAN; across += POINTS)
+      if (needed >> across & 1)
+        add_products<TILES, DOWN>(parts + across * step * TOGETHER, weights + across * step * HALF,
+                                  channels, sums);
     PAG_UNROLL
     for (int t = 0; t < TILES; t++) {
       const Vector down[POINTS] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t], sums[4][t]};
@@ -162,13 +171,17 @@ PAG_OUTLINE void multiply_parts(const float* parts, const float* weights, int ch
 }
 
 template <int TILES>
-PAG_INLINE void multiply_some_parts(int tiles, const float* parts, const float* weights,
-                                    int channels, float* to) {
+PAG_INLINE void multiply_some_parts(int tiles, const float* parts, const float* weights, int channels,
+                                    uint32_t down, uint32_t across, float* to) {
   if constexpr (TILES > 0) {
-    if (tiles == TILES)
-      multiply_parts<TILES>(parts, weights, channels, to);
+    if (tiles != TILES)
+      multiply_some_parts<TILES - 1>(tiles, parts, weights, channels, down, across, to);
+    else if (down == BOTH)
+      multiply_parts<TILES, BOTH>(parts, weights, channels, across, to);
+    else if (down == FIRST)
+      multiply_parts<TILES, FIRST>(parts, weights, channels, across, to);
     else
-      multiply_some_parts<TILES - 1>(tiles, parts, weights, channels, to);
+      multiply_parts<TILES, SECOND>(parts, weights, channels, across, to);
   }
 }
 
@@ -197,38 +210,48 @@ PAG_OUTLINE void finish_strided(const pag_plan& plan, const pag_tile_scratch& sc
   }
 }
 
-// Blocks [block_begin, block_end) of output channels of tiles [begin, end).
-void strided(const pag_plan* shared, const pag_tiling* tiling, pag_tile_scratch* scratch,
-             int32_t block_begin, int32_t block_end, int64_t begin, int64_t end) {
-  const pag_plan& plan = *shared;
+// Blocks [block_begin, block_end) of output channels of tiles that are made of the same parts.
+PAG_INLINE void compute_alike(const pag_plan& plan, const pag_tile_scratch& scratch,
+                              int32_t block_begin, int32_t block_end, const Patch* found, int count) {
   const pag_convolution& call = *plan.call;
   const int64_t patch = (int64_t)SPAN * SPAN * call.channels;  // floats
-  float *turned = scratch->patches, *parts = turned + patch * TOGETHER, *copies = parts + patch * TOGETHER;
+  float *turned = scratch.patches, *parts = turned + patch * TOGETHER;
+  float* copies = parts + patch * TOGETHER;
+  const float* rows[TOGETHER][SPAN];
+  for (int t = 0; t < count; t++) find_strided_patch(call, found[t], copies + t * patch, rows[t]);
+  for (int t = count; t < TOGETHER; t++) memcpy(rows[t], rows[0], sizeof rows[0]);
+  turn_patches(rows, call.channels, turned);
+  transform_turned(turned, call.channels, parts);
+
   alignas(64) float lines[POINTS * 2 * TILES_AT_ONCE * LANES];
-  for (int64_t from = begin; from < end; from += TOGETHER) {
-    const int count = end - from < TOGETHER ? (int)(end - from) : TOGETHER;
-    Patch found[TOGETHER];
-    const float* rows[TOGETHER][SPAN];
-    for (int t = 0; t < count; t++) {
-      found[t] = patch_at(*tiling, from + t);
-      find_strided_patch(call, found[t], copies + t * patch, rows[t]);
-    }
-    for (int t = count; t < TOGETHER; t++) memcpy(rows[t], rows[0], sizeof rows[0]);
-    turn_patches(rows, call.channels, turned);
-    transform_turned(turned, call.channels, parts);
-    const int times = (count + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
-    for (int32_t index = block_begin; index < block_end; index++) {
-      const pag_block block = block_at(plan, index);
-      for (int at = 0; at < block.columns; at += LANES) {
-        const float* weights = block.weights + at / HALF * HALF * patch + at % HALF;
-        for (int time = 0; time < times; time++) {
-          const int first = count * time / times, tiles = count * (time + 1) / times - first;
-          multiply_some_parts<TILES_AT_ONCE>(tiles, parts + first, weights, call.channels, lines);
-          finish_strided(plan, *scratch, lines, block.column + at, block.columns - at, found + first,
-                         tiles);
-        }
+  const uint32_t down = parts_down(found[0].open), across = parts_across(found[0].open);
+  const int times = (count + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+  for (int32_t index = block_begin; index < block_end; index++) {
+    const pag_block block = block_at(plan, index);
+    for (int at = 0; at < block.columns; at += LANES) {
+      const float* weights = block.weights + at / HALF * HALF * patch + at % HALF;
+      for (int time = 0; time < times; time++) {
+        const int first = count * time / times, tiles = count * (time + 1) / times - first;
+        multiply_some_parts<TILES_AT_ONCE>(tiles, parts + first, weights, call.channels, down, across,
+                                           lines);
+        finish_strided(plan, scratch, lines, block.column + at, block.columns - at, found + first,
+                       tiles);
       }
     }
+  }
+}
+
+// Of tiles [begin, end).
+void strided(const pag_plan* plan, const pag_tiling* tiling, pag_tile_scratch* scratch,
+             int32_t block_begin, int32_t block_end, int64_t begin, int64_t end) {
+  while (begin < end) {
+    Patch found[TOGETHER];
+    int count = 0;
+    for (; count < TOGETHER && begin < end; count++, begin++) {
+      found[count] = patch_at(*tiling, begin);
+      if (!are_alike(found[count].open, found[0].open)) break;
+    }
+    compute_alike(*plan, *scratch, block_begin, block_end, found, count);
   }
 }
 
