@@ -1784,7 +1784,8 @@ class Chain:
         x, maps, windows = torch.randn(2, *self.size, self.channels), [], []
         convolutions, channels, size = [], self.channels, self.size
         for layer in self.layers:
-            convolutions.append(layer.convolution(channels, self.winograd and not layer.depthwise))
+            tiles = self.winograd and not layer.depthwise and layer.kernel > 1
+            convolutions.append(layer.convolution(channels, tiles))
             window, channels = layer.window, layer.channels
             sizes = [size]
             size = tuple(
@@ -1871,6 +1872,9 @@ class TestConvolutionsInBands:
             Chain((first, last), (59, 300), winograd=True).record().check(banded=True)
             stem = (Layer(96, 7, stride=2), last)
             Chain(stem, (117, 600), channels=3, winograd=True).record().check(banded=True)
+            behind = Chain((Layer(4), *stem), (117, 900), channels=3, winograd=True)
+            for mask in ("", "random", "checkerboard"):
+                replace(behind, mask=mask).record().check(banded=True)
 
     @pytest.mark.parametrize("mask", ["", "random"])
     def test_a_branch_is_added_in_place(self, mask: str) -> None:

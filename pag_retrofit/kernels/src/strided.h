@@ -42,13 +42,23 @@ PAG_INLINE bool are_alike(uint32_t open, uint32_t other) {
   return parts_down(open) == parts_down(other) && parts_across(open) == parts_across(other);
 }
 
+// Rows of a patch that listed pixels read; of a map that is computed a few rows at a time there may be no
+// others.
+struct Lines {
+  int begin, end;
+};
+
+PAG_INLINE Lines lines_of(uint32_t open) { return {open & 3 ? 0 : 2, open & 12 ? SPAN : SPAN - 2}; }
+
 // A patch that is not read as it lies, zeros where there is nothing.
 PAG_OUTLINE void copy_patch(const pag_convolution& call, const Patch& p, int top, int left,
                             float* to) {
+  const Lines lines = lines_of(p.open);
   const float* scale = call.input_scale;
   if (scale) scale += (int64_t)p.image * call.channels;
   memset(to, 0, sizeof(float) * SPAN * SPAN * call.channels);
-  for (int i = 0; i < SPAN; i++)
+  to += lines.begin * SPAN * call.channels;
+  for (int i = lines.begin; i < lines.end; i++)
     for (int j = 0; j < SPAN; j++, to += call.channels) {
       if ((uint32_t)(top + i) >= (uint32_t)call.height || (uint32_t)(left + j) >= (uint32_t)call.width)
         continue;
@@ -60,18 +70,22 @@ PAG_OUTLINE void copy_patch(const pag_convolution& call, const Patch& p, int top
     }
 }
 
-// Where the rows of a patch lie. What no listed pixel reads may never have been written, and does no harm:
-// a pixel is made of parts that are made of what it reads.
+// Where the rows of a patch lie, or others for those that no listed pixel reads. What lies there may never
+// have been written, and does no harm: a pixel is made of parts that are made of what it reads.
 PAG_INLINE void find_strided_patch(const pag_convolution& call, const Patch& p, float* copy,
                                    const float** rows) {
   const pag_source& source = call.sources[0];
   const int top = 2 * p.y - call.padding[0], left = 2 * p.x - call.padding[1];
-  const bool inside = top >= 0 && left >= 0 && top + SPAN <= call.height && left + SPAN <= call.width;
+  const Lines lines = lines_of(p.open);
+  const bool inside = top + lines.begin >= 0 && top + lines.end <= call.height && left >= 0 &&
+                      left + SPAN <= call.width;
   const bool whole = inside && call.source_count == 1 && !source.shift &&
                      source.stride == call.channels && !call.input_scale;
   if (!whole) copy_patch(call, p, top, left, copy);
-  for (int i = 0; i < SPAN; i++)
-    rows[i] = whole ? row_of(source, p.image, top + i, left) : copy + i * SPAN * call.channels;
+  for (int i = 0; i < SPAN; i++) {
+    const int line = i < lines.begin ? lines.begin : i < lines.end ? i : lines.end - 1;
+    rows[i] = whole ? row_of(source, p.image, top + line, left) : copy + i * SPAN * call.channels;
+  }
 }
 
 // Nine pixels of a line as nine parts.
