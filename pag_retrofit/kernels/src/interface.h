@@ -43,7 +43,7 @@ struct pag_convolution {
   int32_t activation, residual_after_activation;
   float slope;  // of PAG_LEAKY_RELU
   int32_t source_count;
-  int32_t winograd;         // 3x3 windows at every pixel, transformed weights: winograd.h
+  int32_t winograd;         // transformed weights, 3x3 or strided 7x7: see winograd.h and strided.h
   int32_t activate_if_all;  // leave the activation to others unless all pixels are listed
   int32_t compressed;       // of pag_weights; one group only, unless they are floats
   pag_source sources[PAG_MAX_SOURCES];

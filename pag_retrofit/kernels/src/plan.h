@@ -64,7 +64,7 @@ enum { PAG_NARROW = 16 };                   // output channels of a block that i
 enum { PAG_DIGITS = 3, PAG_DIGITS_DEPTH = 64, PAG_DIGITS_BLOCK = 32 };
 enum { PAG_DIGITS_GROUP = 32 };  // tiles at most
 
-// How a convolution is cut into tiles of 2x2 pixels, see winograd.h; for every thread.
+// How a convolution is cut into tiles of 2x2 pixels, see winograd.h and strided.h; for every thread.
 struct pag_tiling {
   const int32_t* tiles;  // those with listed pixels
   const uint8_t* open;   // of all tiles: which pixels are listed
