@@ -205,7 +205,7 @@ def test_convolutions_between_whose_pixels_others_are_interpolated(
     st.tuples(st.integers(1, 2), st.integers(20, 61), st.integers(20, 61)),
     st.floats(0, 1), st.sampled_from(["random", "blobs"]),
 )  # fmt: skip
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_first_layers_of_7x7_with_stride_2(
     inputs: int, out: int, bypass: str, size: tuple[int, int, int], density: float, pattern: str
 ) -> None:
