@@ -434,6 +434,7 @@ class TestConvolution:
         check(replace(case, out_channels=17, wider=3, activation="relu", residual="before"), twin)
         check(replace(case, channels=(1, 2), upsampling=(2, 1), input_scale=True, scale=True), twin)
         check(replace(case, channels=(1, 2), upsampling=(1, 1), wider=2), twin)
+        check(replace(case, input_scale=True), twin)
 
     @pytest.mark.parametrize("mask", MASKS)
     def test_with_stride_what_no_listed_pixel_reads_may_be_anything(
