@@ -32,7 +32,7 @@ from pag_retrofit.kernels.tape import recording
 _OPS = torch.ops.pag_retrofit
 _PIXELS_FOR_WINOGRAD = 128
 _CHANNELS_FOR_WINOGRAD = 512  # input times output channels
-_FEW_REGISTERS = "avx2"  # 16 of them, where other sets have 32 or make do with narrow ones
+_GAINS_NOTHING_WITH_STRIDE = "avx2"
 _WEIGHTS_TO_COMPRESS = 1 << 17
 _MOST_TO_COMPRESS = 128.0  # times the middle one
 _LEAST_DEPTH_IN_DIGITS = 32  # rows of its matrix
@@ -227,7 +227,7 @@ def prefers_winograd(
 
     It holds and reads 16/9 of the weights, which few pixels do not pay for, and transforms inputs
     and results, which few channels do not pay for. Upsampled maps, of which 7 of 16 products are
-    zero, always do. With stride 2 no weights are many; AVX2 has too few registers for it.
+    zero, always do. With stride 2 weights are few; with AVX2 that gains nothing.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -240,8 +240,8 @@ def prefers_winograd(
     if not takes_winograd(flat, groups, weight.shape[1] * groups) or pixels < _PIXELS_FOR_WINOGRAD:
         return False
     if window.stride[0] > 1:
-        registers = backend() is native and native.instruction_set() != _FEW_REGISTERS
-        return registers and weight.shape[0] >= NARROW and not upsampled
+        faster = backend() is native and native.instruction_set() != _GAINS_NOTHING_WITH_STRIDE
+        return faster and weight.shape[0] >= NARROW and not upsampled
     matrix = weight.shape[0] * weight.shape[1]
     return 2 * pixels**2 >= matrix and (matrix >= _CHANNELS_FOR_WINOGRAD or upsampled)
 
