@@ -12,6 +12,7 @@ from __future__ import annotations
 import segmentation_models_pytorch as smp
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,9 @@ EPOCHS = 4
 def main() -> None:
     """Run the example."""
     torch.manual_seed(0)
-    accelerator = Accelerator()
+    # This decoder leaves the deepest layers of its encoder out, so some weights have no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused])
     scenes = Scenes(32, size=(64, 64), seed=0)
     model = smp.Unet(
         "resnet18",
@@ -59,8 +62,9 @@ def main() -> None:
         )
 
     batches = [batch["image"] for batch in loader]
-    for budget, fraction in pag.calibrate(gated, batches, budgets=(0.8, BUDGET)).items():
-        accelerator.print(f"budget {budget}: {fraction:.3f} measured after calibration")
+    if accelerator.is_main_process:  # on its share of the images; here you would also save it
+        for budget, fraction in pag.calibrate(gated, batches, budgets=(0.8, BUDGET)).items():
+            print(f"budget {budget}: {fraction:.3f} measured after calibration")
 
 
 if __name__ == "__main__":

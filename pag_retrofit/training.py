@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     ProjectConfiguration,
     broadcast,
     set_seed,
@@ -42,6 +43,9 @@ from pag_retrofit.recipe import GatedSection, Recipe, Schedule
 from pag_retrofit.schedules import EpochSampler, one_cycle, parameter_groups
 
 logger = logging.getLogger(__name__)
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to train by which no process has the whole network."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Trainer:
     Raises:
         TrainingError: the training set is smaller than one batch for each process.
         TrainingError: half precision was asked for without a GPU.
+        TrainingError: accelerate was launched with FSDP, DeepSpeed or the like.
     """
 
     def __init__(self, network: nn.Module, stage: Stage, recipe: Recipe) -> None:
@@ -446,6 +451,12 @@ def _accelerator(recipe: Recipe, stage: Stage) -> Accelerator:
         # Encoders have layers that some decoders do not read.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.distributed_type in _SHARDED:
+        raise TrainingError(
+            f"accelerate was launched with {accelerator.distributed_type.value}, but recipes train "
+            "a whole network in each process; launch without it, or shard the network in a "
+            "training loop of your own, as examples/sharded_training.py does"
+        )
     if runtime.trackers:
         accelerator.init_trackers(recipe.name)
     known = {tracker.name for tracker in accelerator.trackers}

@@ -14,7 +14,9 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
@@ -548,6 +550,13 @@ def test_wrong_number_of_classes(recipe):
 def test_half_precision_needs_a_gpu(recipe):
     with pytest.raises(TrainingError, match="fp16 needs a GPU"):
         finetune(recipe("runtime.mixed_precision=fp16"))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_recipes_do_not_shard(kind, recipe, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(TrainingError, match=f"{kind}.*examples/sharded_training.py"):
+        finetune(recipe())
 
 
 # Pretrained encoders -----------------------------------------------------------------------------
