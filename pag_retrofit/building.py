@@ -170,6 +170,7 @@ def training_data(recipe: Recipe) -> AugmentedDataset | StreamedImages:
         return StreamedImages(
             section.train,
             section.classes,
+            targets=recipe.task.names,
             count=section.train_count,
             batch_size=section.batch_size,
             augmentation=augmentation,
@@ -224,9 +225,10 @@ def _split(recipe: Recipe, split: str) -> PixelDataset:
     if isinstance(section, FolderSection):
         return LabelledFolder(section.root, split, classes=section.classes)
     if isinstance(section, ShardsSection):
+        shards, limit = section.val, None
         if split == "train":
-            return ShardImages(section.train, section.classes, _CALIBRATION_IMAGES)
-        return ShardImages(section.val, section.classes)
+            shards, limit = section.train, _CALIBRATION_IMAGES
+        return ShardImages(shards, section.classes, targets=recipe.task.names, limit=limit)
     if isinstance(section, BSDSSection):
         return BSDS500(section.root, split)
     if isinstance(section, RGBDSection):

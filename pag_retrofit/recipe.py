@@ -267,7 +267,8 @@ class ShardsSection(DataSection):
         val: the same; these are kept in memory as they are stored.
         train_count: training images of an epoch.
         buffer: images to draw the next one of.
-        classes: names of the classes, in the order of the labels' values; 255 is void.
+        classes: for segmentation: names of the classes, in the order of the labels' values; 255 is
+            void.
     """
 
     name: Literal["shards"]
@@ -275,11 +276,12 @@ class ShardsSection(DataSection):
     val: Annotated[str, BeforeValidator(_expand)]
     train_count: Count
     buffer: Count = 1000
-    classes: Annotated[tuple[str, ...], AfterValidator(_not_empty)]
+    classes: tuple[str, ...] = ()
 
 
 _TASKS = {
     "scenes": ("segmentation", "boundaries", "depth", "normals"),
+    "shards": ("segmentation", "boundaries", "depth", "normals"),
     "bsds500": ("boundaries",),
     "rgbd": ("depth", "normals"),
     "nyuv2": ("segmentation", "depth", "normals"),
@@ -483,6 +485,9 @@ class Recipe(Section):
             raise ValueError(
                 f"task {missing[0]}: the data {self.data.name} has targets for {', '.join(offered)}"
             )
+        if isinstance(self.data, ShardsSection) and "segmentation" in self.task.names:
+            if not self.data.classes:
+                raise ValueError("segmentation needs the names of the classes in data.classes")
         if "average" in self.stages and self.multipool is None:
             raise ValueError("the stage average needs gated.retrofit.multipool")
         return self

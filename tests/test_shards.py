@@ -107,7 +107,7 @@ def test_rounds_hold_every_image_once(numbered: str, buffer: int) -> None:
 
 
 def test_evaluation_keeps_the_order_of_the_shards(numbered: str) -> None:
-    data = ShardImages(numbered, CLASSES, 12)
+    data = ShardImages(numbered, CLASSES, limit=12)
     found = [round(255 * float(data[k]["image"][0, 0, 0])) for k in range(len(data))]
     assert found == list(range(12))
 
@@ -138,16 +138,85 @@ def test_shards_that_cannot_be_read(numbered: str, tmp_path: Path) -> None:
         names(streamed(numbered.replace("{0..3}", "0")), 2)
 
 
+def as_files(sample: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    image = (255 * sample["image"]).round().byte().permute(1, 2, 0)
+    normals = (127.5 * (sample["normals"] + 1)).round().byte().permute(1, 2, 0)
+    normals[(sample["normals"] == 0).all(0)] = 0
+    return {
+        "png": png(image.numpy()),
+        "label.png": png(sample["label"].byte().numpy()),
+        "boundary.png": png((255 * sample["boundary"][0]).byte().numpy()),
+        "depth.png": png((1000 * sample["depth"][0]).round().numpy().astype(np.uint16)),
+        "normals.png": png(normals.numpy()),
+    }
+
+
+def test_targets_of_all_tasks(tmp_path: Path) -> None:
+    write_scenes(tmp_path)
+    scenes = Scenes(10, size=(64, 64))
+    tasks = ("segmentation", "boundaries", "depth", "normals")
+    stored = ShardImages(str(tmp_path / "train-{0..1}.tar"), CLASSES, targets=tasks)
+    assert len(stored) == 10
+    for index in (0, 9):
+        expected, found = scenes[index], stored[index]
+        assert found.keys() == expected.keys()
+        tolerances = {"image": 1 / 255, "depth": 1e-3, "normals": 1 / 127}
+        for name, value in expected.items():
+            atol = tolerances.get(name, 0)
+            torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+        there = (expected["normals"] != 0).any(0)
+        assert torch.equal(there, (found["normals"] != 0).any(0))
+        lengths = found["normals"].norm(dim=0)[there]
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    with pytest.raises(DataError, match=r"targets \['flow'\]"):
+        ShardImages(str(tmp_path / "train-0.tar"), targets=("flow",))
+
+
+@pytest.mark.parametrize("largest", [True, 255, 65535])
+def test_boundaries_are_above_half_of_what_a_file_can_hold(largest: int, tmp_path: Path) -> None:
+    kind = {True: np.bool_, 255: np.uint8, 65535: np.uint16}[largest]
+    strengths = np.zeros((8, 8), kind)
+    strengths[:, 2:4], strengths[:, 6:] = largest // 2, largest
+    write_shard(tmp_path / "x.tar", {"1": {**constant(1), "boundary.png": png(strengths)}})
+    sample = ShardImages(str(tmp_path / "x.tar"), targets=("boundaries",))[0]
+    assert torch.equal(sample["boundary"], torch.from_numpy(strengths == largest)[None].float())
+
+
+def test_targets_of_another_size_or_kind(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    half = np.full((4, 8), 1000, np.uint16)
+    write_shard(path, {"1": {**constant(1), "depth.png": png(half)}})
+    with pytest.raises(DataError, match=r"1.depth.png is 8x4 pixels but its image .* is 8x8"):
+        ShardImages(str(path), targets=("depth",))[0]
+    with pytest.raises(DataError, match=r"needs an image .* and a depth.png and a normals.png"):
+        ShardImages(str(path), targets=("depth", "normals"))
+    write_shard(path, {"1": {**constant(1), "depth.png": constant(1)["label.png"]}})
+    with pytest.raises(DataError, match=r"1.depth.png .* one channel of 16 bits"):
+        ShardImages(str(path), targets=("depth",))[0]
+
+
+@pytest.mark.parametrize(
+    "task, channels, metric", [("depth", 1, "abs_rel"), ("boundaries", 1, "ods")]
+)
+def test_other_tasks_train_on_shards(task: str, channels: int, metric: str, tmp_path: Path) -> None:
+    section = write_scenes(tmp_path).replace(f"classes: [{', '.join(CLASSES)}], ", "")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(output=tmp_path / "out"))
+    settings = [section, "stages=[dense]", "dense.epochs=1"]
+    with pytest.raises(RecipeError, match=r"names of the classes in data.classes"):
+        load_recipe(path, settings)
+    settings += [f"task={{name: {task}}}", f"model.arguments.classes={channels}"]
+    final = finetune(load_recipe(path, settings))["dense"]["final"]
+    assert final["images"] == 5 and np.isfinite(final[metric])
+
+
 def write_scenes(folder: Path) -> str:
     """Ten scenes in two shards; the section of a recipe that reads them."""
     scenes = Scenes(10, size=(64, 64))
     for shard in range(2):
         samples = {}
         for index in range(5 * shard, 5 * shard + 5):
-            sample = scenes[index]
-            image = (255 * sample["image"]).round().byte().permute(1, 2, 0).numpy()
-            label = sample["label"].byte().numpy()
-            samples[f"{index:03d}"] = {"png": png(image), "label.png": png(label)}
+            samples[f"{index:03d}"] = as_files(scenes[index])
         write_shard(folder / f"train-{shard}.tar", samples)
     return (
         f"data={{name: shards, train: '{folder}/train-{{0..1}}.tar', "

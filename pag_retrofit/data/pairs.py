@@ -49,7 +49,7 @@ class ImageLabelPairs(PixelDataset):
         self.pairs = pairs
         self.classes = classes
         self.palette = palette
-        self._decoder = PairDecoder(title, values, expected)
+        self._decoder = LabelDecoder(title, values, expected)
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -73,16 +73,21 @@ class ImageLabelPairs(PixelDataset):
             if position not in self._cache:
                 self._cache[position] = self._load(position)
             image, label = self._cache[position]
-        return as_sample(image, label)
+        return {
+            "image": torch.from_numpy(image).to(torch.float32).div_(255.0),
+            "label": torch.from_numpy(label).to(torch.int64),
+        }
 
     def _load(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Decodes and checks a pair; uint8 arrays (3, H, W) and (H, W), void as 255."""
         image, label = self.pairs[position]
-        return self._decoder(image, label)
+        pixels, classes = decode(self.title, image), self._decoder(label)
+        check_size(self.title, image, pixels, label, classes)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), classes
 
 
-class PairDecoder:
-    """Decodes an image and its label, and turns stored values into classes.
+class LabelDecoder:
+    """Decodes label images, and turns stored values into classes.
 
     Args:
         title: Of the data set, for messages.
@@ -96,47 +101,42 @@ class PairDecoder:
         self._class_of = np.full(_STORED_VALUES, -1, dtype=np.int64)
         self._class_of[list(values)] = list(values.values())
 
-    def __call__(
-        self, image: Path, label: Path, contents: tuple[bytes, bytes] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label.
-
-        Args:
-            image: File, or if there are contents its name.
-            label: File, or if there are contents its name.
-            contents: Of both files, if they were read before.
-
-        Returns:
-            Arrays (3, H, W) and (H, W), uint8, void as 255.
+    def __call__(self, path: Path, data: bytes | None = None) -> np.ndarray:
+        """Classes (H, W) uint8, void as 255; of a file, or of its content if that is given.
 
         Raises:
-            DataError: If a file cannot be decoded, sizes differ, or a value means no class.
+            DataError: If it cannot be decoded, or a value means no class.
         """
-        image_data, label_data = contents if contents is not None else (None, None)
-        pixels = decode(self._title, image, image_data)
-        stored = decode_label(self._title, label, label_data)
-        if pixels.shape[:2] != stored.shape:
-            raise DataError(
-                f"{self._title}: {label} is {stored.shape[1]}x{stored.shape[0]} pixels but its "
-                f"image {image} is {pixels.shape[1]}x{pixels.shape[0]}"
-            )
+        stored = decode_label(self._title, path, data)
         known = (stored >= 0) & (stored < _STORED_VALUES)
         classes = np.where(known, self._class_of[np.where(known, stored, 0)], -1)
         if classes.min() < 0:
             wrong = np.unique(stored[classes < 0])
             shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
             raise DataError(
-                f"{self._title}: {label} has label values {shown}; expected {self._expected}"
+                f"{self._title}: {path} has label values {shown}; expected {self._expected}"
             )
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), classes.astype(np.uint8)
+        return classes.astype(np.uint8)
 
 
-def as_sample(image: np.ndarray, label: np.ndarray) -> Sample:
-    """A sample of decoded arrays, in memory of its own."""
-    return {
-        "image": torch.from_numpy(image).to(torch.float32).div_(255.0),
-        "label": torch.from_numpy(label).to(torch.int64),
-    }
+def check_size(
+    title: str, image: Path, pixels: np.ndarray, target: Path, values: np.ndarray
+) -> None:
+    """Refuses a target whose height and width are not those of its image.
+
+    Raises:
+        DataError: They differ.
+    """
+    if values.shape[:2] != pixels.shape[:2]:
+        raise DataError(
+            f"{title}: {target} is {values.shape[1]}x{values.shape[0]} pixels but its image "
+            f"{image} is {pixels.shape[1]}x{pixels.shape[0]}"
+        )
+
+
+def channels_first(array: np.ndarray) -> torch.Tensor:
+    """(C, H, W) of (H, W, C), in memory of its own."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
 def pairs_by_stem(
@@ -232,13 +232,13 @@ def decode_label(title: str, path: Path, data: bytes | None = None) -> np.ndarra
     return array
 
 
-def decode_depth(title: str, path: Path) -> np.ndarray:
-    """Reads a depth image as (H, W) of its stored values.
+def decode_depth(title: str, path: Path, data: bytes | None = None) -> np.ndarray:
+    """Reads a depth image as (H, W) of its stored values; of a file, or of its content.
 
     Raises:
         DataError: If it cannot be decoded, or is not one channel of 16 bits.
     """
-    array, mode = _read(title, path, None, convert=False)
+    array, mode = _read(title, path, data, convert=False)
     if not mode.startswith("I"):
         raise DataError(
             f"{title}: {path} has pixels of mode {mode}; expected depth in one channel of 16 bits"

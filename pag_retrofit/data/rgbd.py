@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import PixelDataset, Sample
-from .pairs import IMAGE_SUFFIXES, decode, decode_depth, files_by_stem
+from .pairs import IMAGE_SUFFIXES, check_size, decode, decode_depth, files_by_stem
 from .surfaces import normals_from_depth
 
 _LAYOUT = "rgb/*.jpg, depth/*.png, K.txt, train.txt, val.txt"
@@ -93,16 +93,12 @@ class RGBDFolder(PixelDataset):
     def _load(self, position: int) -> Sample:
         """Decodes a frame: uint8, millimetres, and normals as float16."""
         image_path, depth_path = self.frames[position]
-        image = decode("RGB-D", image_path).transpose(2, 0, 1)
-        depth = decode_depth("RGB-D", depth_path).astype(np.int32)[None]
-        if depth.shape[1:] != image.shape[1:]:
-            raise DataError(
-                f"RGB-D: {depth_path} is {depth.shape[2]}x{depth.shape[1]} pixels but its image "
-                f"{image_path} is {image.shape[2]}x{image.shape[1]}"
-            )
+        image = decode("RGB-D", image_path)
+        depth = decode_depth("RGB-D", depth_path).astype(np.int32)
+        check_size("RGB-D", image_path, image, depth_path, depth)
         stored = {
-            "image": torch.from_numpy(np.ascontiguousarray(image)),
-            "depth": torch.from_numpy(depth),
+            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "depth": torch.from_numpy(depth)[None],
         }
         if self._with_normals:
             metres = stored["depth"] / _MILLIMETRES

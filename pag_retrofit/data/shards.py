@@ -5,39 +5,57 @@ from __future__ import annotations
 import random
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DataError
 from .augment import Augmentation, Normalize
-from .base import IGNORE_INDEX, PixelDataset, Sample
+from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
-from .pairs import PairDecoder, as_sample
+from .pairs import LabelDecoder, channels_first, check_size, decode, decode_depth, decode_label
 
 _SHARD = re.compile(r"https?://.+|[^:]+")
 """What names a shard: a path or an address; other schemes of WebDataset start programs."""
 _IMAGES = ("jpg", "jpeg", "png")
-_LABEL = "label.png"
+_ENDINGS = {
+    "segmentation": "label.png",
+    "boundaries": "boundary.png",
+    "depth": "depth.png",
+    "normals": "normals.png",
+}
+_MILLIMETRES = 1000.0
+_Stored = tuple[str, dict[str, bytes]]  # a sample's name, and the contents of its files by ending
 
 
 class StreamedImages(IterableDataset[Sample]):
     """Training images read from shards in passing, augmented and normalised.
 
-    A shard is a tar file with, next to each other, `KEY.jpg` (or jpeg, png) and `KEY.label.png`,
-    whose values are the places of the classes, 255 for void. An epoch takes the shards in random
-    order, and of a buffer of images one at random; it begins again when it runs out of them. What
-    is read follows from seed, epoch and number of loader workers alone, so an interrupted epoch
-    can be gone on with. Workers read different shards.
+    A shard is a tar file with, next to each other, `KEY.jpg` (or jpeg, png) and for each target
 
-    Items: `image` (3, H, W) float32, `label` (H, W) int64.
+    - segmentation: `KEY.label.png`, the places of the classes, 255 for void;
+    - boundaries: `KEY.boundary.png`, 8 or 16 bits, a boundary above half of the range;
+    - depth: `KEY.depth.png`, 16 bits, millimetres, 0 where there is no reading;
+    - normals: `KEY.normals.png`, 8 bits, (r, g, b) / 127.5 - 1 to the right, down and
+      away from the camera, black where there is none.
+
+    An epoch takes the shards in random order, and of a buffer of images one at random; it begins
+    again when it runs out of them. What is read follows from seed, epoch and number of loader
+    workers alone, so an interrupted epoch can be gone on with. Workers read different shards.
+
+    Items: `image` (3, H, W) float32, and of the targets asked for `label` (H, W) int64, `boundary`
+    (1, H, W) float32, `depth` (1, H, W) float32 in metres, `normals` (3, H, W) float32 of unit
+    length.
 
     Args:
         shards: Paths or http(s) addresses; `{000..999}` stands for all numbers between.
-        classes: Names.
+        classes: Names, for segmentation.
+        targets: What to read beside the image. Default: segmentation.
         count: Images of an epoch; it need not be that of the shards.
         batch_size: Of the loader: each worker fills whole batches.
         augmentation: The random step.
@@ -46,7 +64,7 @@ class StreamedImages(IterableDataset[Sample]):
         buffer: Images to draw the next one of, kept as they are stored. Default: 1000.
 
     Raises:
-        DataError: If there is no such shard, or WebDataset is not installed.
+        DataError: If there is no such shard, a target is unknown, or WebDataset is not installed.
     """
 
     ignore_index = IGNORE_INDEX
@@ -54,8 +72,9 @@ class StreamedImages(IterableDataset[Sample]):
     def __init__(
         self,
         shards: str,
-        classes: Sequence[str],
+        classes: Sequence[str] = (),
         *,
+        targets: Collection[str] = ("segmentation",),
         count: int,
         batch_size: int,
         augmentation: Augmentation,
@@ -72,7 +91,7 @@ class StreamedImages(IterableDataset[Sample]):
         self.normalize = normalize
         self.seed = seed
         self.buffer = buffer
-        self._decoder = _decoder(classes)
+        self._decoder = _Decoder(classes, targets)
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -98,10 +117,9 @@ class StreamedImages(IterableDataset[Sample]):
         generator = np.random.default_rng((self.seed, self._epoch, worker))
         stream = self._contents(worker, workers)
         for _ in range(mine * self.batch_size):
-            sample = as_sample(*self._decoder(*next(stream)))
-            yield self.normalize(self.augmentation(sample, generator))
+            yield self.normalize(self.augmentation(self._decoder(*next(stream)), generator))
 
-    def _contents(self, worker: int, workers: int) -> Iterator[tuple[Path, Path, Any]]:
+    def _contents(self, worker: int, workers: int) -> Iterator[_Stored]:
         """Names and contents of images without end: in each round each one once."""
         from webdataset.filters import shuffle
 
@@ -109,7 +127,7 @@ class StreamedImages(IterableDataset[Sample]):
         shards = [self.shards[k] for k in order[worker::workers]]
         draw = random.Random(f"{self.seed} {self._epoch} {worker}")
         while True:  # a buffer filled over several rounds would hold images several times
-            yield from shuffle(self.buffer, rng=draw)(_read(shards))
+            yield from shuffle(self.buffer, rng=draw)(self._decoder.read(shards))
 
 
 class ShardImages(PixelDataset):
@@ -117,19 +135,28 @@ class ShardImages(PixelDataset):
 
     Args:
         shards: As those of `StreamedImages`.
-        classes: Names.
+        classes: Names, for segmentation.
+        targets: As those of `StreamedImages`. Default: segmentation.
         limit: Only so many of them. Default: all.
 
     Raises:
-        DataError: If there is no such shard, it holds no images, or WebDataset is not installed.
+        DataError: If there is no such shard, it holds no images, a target is unknown, or
+            WebDataset is not installed.
     """
 
-    def __init__(self, shards: str, classes: Sequence[str], limit: int | None = None) -> None:
+    def __init__(
+        self,
+        shards: str,
+        classes: Sequence[str] = (),
+        *,
+        targets: Collection[str] = ("segmentation",),
+        limit: int | None = None,
+    ) -> None:
         self.classes = tuple(classes)
         self.palette = distinct_colours(len(classes))
-        self._decoder = _decoder(classes)
-        self._stored: list[tuple[Path, Path, Any]] = []
-        for stored in _read(expand_shards(shards)):
+        self._decoder = _Decoder(classes, targets)
+        self._stored: list[_Stored] = []
+        for stored in self._decoder.read(expand_shards(shards)):
             self._stored.append(stored)
             if len(self._stored) == limit:
                 break
@@ -145,7 +172,7 @@ class ShardImages(PixelDataset):
             IndexError: If the index is out of range.
             DataError: If it cannot be decoded.
         """
-        return as_sample(*self._decoder(*self._stored[self._position(index)]))
+        return self._decoder(*self._stored[self._position(index)])
 
 
 def expand_shards(pattern: str) -> tuple[str, ...]:
@@ -171,34 +198,79 @@ def expand_shards(pattern: str) -> tuple[str, ...]:
     return shards
 
 
-def _decoder(classes: Sequence[str]) -> PairDecoder:
-    values = {k: k for k in range(len(classes))} | {IGNORE_INDEX: IGNORE_INDEX}
-    expected = f"0..{len(classes) - 1} for the classes and {IGNORE_INDEX} for void"
-    return PairDecoder("shards", values, expected)
+class _Decoder:
+    """Finds the files of samples in shards, and decodes them."""
+
+    def __init__(self, classes: Sequence[str], targets: Collection[str]) -> None:
+        check_targets("shards", targets, _ENDINGS)
+        self._endings = {name: _ENDINGS[name] for name in targets}
+        values = {k: k for k in range(len(classes))} | {IGNORE_INDEX: IGNORE_INDEX}
+        expected = f"0..{len(classes) - 1} for the classes and {IGNORE_INDEX} for void"
+        self._labels = LabelDecoder("shards", values, expected)
+
+    def read(self, shards: Sequence[str]) -> Iterator[_Stored]:
+        """All samples of shards, in order."""
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        found = 0
+        for shard in shards:
+            try:
+                with gopen(shard) as stream:
+                    files = tar_file_expander([{"url": shard, "stream": stream}])
+                    for sample in group_by_keys(files):
+                        yield self._stored(shard, sample)
+                        found += 1
+            except (OSError, ValueError, tarfile.TarError) as error:
+                raise DataError(f"shards: cannot read {shard}: {error}") from error
+        if not found:
+            raise DataError(f"shards: no images in {', '.join(shards)}")
+
+    def _stored(self, shard: str, sample: dict[str, Any]) -> _Stored:
+        name = f"{shard}/{sample['__key__']}"
+        image = next((ending for ending in _IMAGES if ending in sample), None)
+        missing = [ending for ending in self._endings.values() if ending not in sample]
+        if image is None or missing:
+            needed = " and a ".join(self._endings.values())
+            raise DataError(f"shards: {name} needs an image ({', '.join(_IMAGES)}) and a {needed}")
+        return name, {ending: sample[ending] for ending in (image, *self._endings.values())}
+
+    def __call__(self, name: str, files: dict[str, bytes]) -> Sample:
+        """Decodes a sample.
+
+        Raises:
+            DataError: A file cannot be decoded, sizes differ, or a label means no class.
+        """
+        image, *_ = (Path(f"{name}.{ending}") for ending in files)  # the first one
+        pixels = decode("shards", image, next(iter(files.values())))
+        sample = {"image": channels_first(pixels) / 255.0}
+        for target, ending in self._endings.items():
+            path = Path(f"{name}.{ending}")
+            values, tensors = self._target(target, path, files[ending])
+            check_size("shards", image, pixels, path, values)
+            sample |= tensors
+        return sample
+
+    def _target(self, target: str, path: Path, data: bytes) -> tuple[np.ndarray, Sample]:
+        """What is stored, and what it means."""
+        if target == "segmentation":
+            values = self._labels(path, data)
+            return values, {"label": torch.from_numpy(values.astype(np.int64))}
+        if target == "depth":
+            values = decode_depth("shards", path, data)
+            metres = values.astype(np.float32) / np.float32(_MILLIMETRES)
+            return values, {"depth": torch.from_numpy(metres)[None]}
+        if target == "normals":
+            values = decode("shards", path, data)
+            return values, {"normals": _normals(values)}
+        values = decode_label("shards", path, data)
+        largest = {"bool": 1, "uint8": 255}.get(values.dtype.name, 65535)
+        drawn = 2 * values.astype(np.int64) > largest
+        return values, {"boundary": torch.from_numpy(drawn.astype(np.float32))[None]}
 
 
-def _read(shards: Sequence[str]) -> Iterator[tuple[Path, Path, Any]]:
-    """Names of image and label, and their contents, of all samples of shards, in order."""
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    found = 0
-    for shard in shards:
-        try:
-            with gopen(shard) as stream:
-                files = tar_file_expander([{"url": shard, "stream": stream}])
-                for sample in group_by_keys(files):
-                    yield _pair(shard, sample)
-                    found += 1
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise DataError(f"shards: cannot read {shard}: {error}") from error
-    if not found:
-        raise DataError(f"shards: no images in {', '.join(shards)}")
-
-
-def _pair(shard: str, sample: dict[str, Any]) -> tuple[Path, Path, Any]:
-    name = f"{shard}/{sample['__key__']}"
-    image = next((ending for ending in _IMAGES if ending in sample), None)
-    if image is None or _LABEL not in sample:
-        raise DataError(f"shards: {name} needs an image ({', '.join(_IMAGES)}) and a {_LABEL}")
-    return Path(f"{name}.{image}"), Path(f"{name}.{_LABEL}"), (sample[image], sample[_LABEL])
+def _normals(colours: np.ndarray) -> Tensor:
+    there = (colours != 0).any(-1, keepdims=True)
+    vectors = colours.astype(np.float32) / 127.5 - 1
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)  # never 0: no value is 127.5
+    return channels_first(np.where(there, vectors / length, np.float32(0)))

@@ -13,7 +13,7 @@ import torch
 from ..errors import DataError
 from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
-from .pairs import decode, decode_depth
+from .pairs import channels_first, decode, decode_depth
 
 STANFORD_CLASSES = (
     "beam",
@@ -103,7 +103,7 @@ class Stanford2D3D(PixelDataset):
             DataError: If a file cannot be decoded.
         """
         path = self.images[self._position(index)]
-        sample = {"image": _channels_first(decode("Stanford 2D-3D-S", path)) / 255.0}
+        sample = {"image": channels_first(decode("Stanford 2D-3D-S", path)) / 255.0}
         for name in self.targets:
             target = self._target(path, name)
             if name == "depth":
@@ -144,8 +144,4 @@ def _normals(colours: np.ndarray) -> torch.Tensor:
     there = (colours != _NO_NORMAL).any(-1)
     vectors = (colours.astype(np.float32) - 127.5) * np.array([1, 1, -1], dtype=np.float32)
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)  # never 0: no value is 127.5
-    return _channels_first(np.where(there[..., None], vectors / length, 0.0).astype(np.float32))
-
-
-def _channels_first(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return channels_first(np.where(there[..., None], vectors / length, 0.0).astype(np.float32))
