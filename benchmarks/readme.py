@@ -50,6 +50,9 @@ _NEAR = 0.02
 """Measured compute that is no further from the budget is not told."""
 _FAR = 0.05
 """Calibration that had to close more than this is told."""
+_UNLIKE = 0.04
+"""Networks whose compute differs by more are not compared at the same compute."""
+_RIVALS = ("reference", "layer", "random", "grid", "truncation", "resizing")
 _KINDS = {"dense": "dense", "reference": "dense, trained on equally long"} | NAMES
 
 
@@ -317,6 +320,53 @@ def _times_lines(points: list[dict[str, Any]], kinds: list[str], budgets: list[f
         if any(cells):
             lines.append(f"| {_KINDS[kind]} | {' | '.join(cells)} |")
     return lines
+
+
+def margins_table(results: dict[str, Any]) -> str:
+    """How far PAG is ahead of each baseline: a row per recipe, budget and form of PAG."""
+    lines = [
+        "| recipe, metric | budget | network | "
+        + " | ".join(_KINDS[kind] for kind in _RIVALS)
+        + " | its seeds differ by |",
+        "|---|---:|---|" + "---:|" * (len(_RIVALS) + 1),
+    ]
+    own = [(name, run) for name, run in results.items() if not run.get("note")]
+    for name, run in sorted(own, key=lambda entry: [*_TASKS, "multitask"].index(entry[1]["task"])):
+        budgets = {p["budget"] for p in run["points"]} - {None}
+        for budget in sorted(budgets, reverse=True):
+            for kind in ("gated", "combined"):
+                cells = [_margin(run, kind, budget, rival) for rival in _RIVALS]
+                if any(cells[1:]):
+                    shown = f"`{name}`, {_METRICS[run['metric']][0].split(' (')[0]}"
+                    cells = [shown, f"{budget:g}", _KINDS[kind], *cells, _spread(run, kind, budget)]
+                    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _margin(run: dict[str, Any], kind: str, budget: float, rival: str) -> str:
+    """Mean over the seeds that both were run with; empty if there is none."""
+    if run["metric"] not in _METRICS:
+        return ""
+    shown, factor = _METRICS[run["metric"]]
+    ours = {p["seed"]: p for p in run["points"] if (p["kind"], p["budget"]) == (kind, budget)}
+    asked = None if rival == "reference" else budget
+    theirs = {p["seed"]: p for p in run["points"] if (p["kind"], p["budget"]) == (rival, asked)}
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return ""
+    sign = -factor if "lower" in shown else factor
+    mean = statistics.mean(sign * (ours[k]["metric"] - theirs[k]["metric"]) for k in both)
+    compute = statistics.mean(theirs[k]["fraction"] - ours[k]["fraction"] for k in both)
+    unlike = "*" if asked and abs(compute) > _UNLIKE else ""
+    return f"{mean:+.1f}{unlike}" + (f" ({len(both)})" if len(both) > 1 else "")
+
+
+def _spread(run: dict[str, Any], kind: str, budget: float) -> str:
+    """Between the best and the worst seed; empty if each seed has images of its own."""
+    found = [p["metric"] for p in run["points"] if (p["kind"], p["budget"]) == (kind, budget)]
+    if len(found) < 2 or run["data"] == "scenes":
+        return ""
+    return f"{_METRICS[run['metric']][1] * (max(found) - min(found)):.1f}"
 
 
 def half_table(results: dict[str, Any]) -> str:
@@ -718,7 +768,10 @@ def _blocks() -> dict[str, dict[str, str]]:
             "zen4-kernels-table": kernels_table(_read("kernels_zen4")),
             "compression-table": compression_table(_read("compression")),
         },
-        "docs/tradeoff.md": {"tradeoff-table": tradeoff_table(_read("tradeoff"))},
+        "docs/tradeoff.md": {
+            "margins-table": margins_table(_read("tradeoff")),
+            "tradeoff-table": tradeoff_table(_read("tradeoff")),
+        },
         "docs/ablations.md": {
             "ablation-table": ablation_table(_read("ablation")),
             "bypass-table": bypass_table(_read("tradeoff")),

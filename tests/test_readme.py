@@ -34,6 +34,29 @@ def test_the_figures_are_those_of_the_results():
     assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(*results)
 
 
+def test_margins_are_over_common_seeds_and_point_upwards():
+    def point(kind, seed, budget, fraction, metric):
+        return {
+            "kind": kind,
+            "seed": seed,
+            "budget": budget,
+            "fraction": fraction,
+            "metric": metric,
+        }
+
+    points = [
+        point("reference", 0, None, 1.0, 0.30),
+        *(point("gated", seed, 0.5, 0.50, 0.33 - 0.01 * seed) for seed in range(3)),
+        *(point("layer", seed, 0.5, 0.52, 0.35) for seed in (0, 1, 7)),
+        point("truncation", 2, 0.5, 0.44, 0.30),
+    ]
+    run = {"task": "depth", "data": "rgbd", "metric": "abs_rel", "points": points}
+    table = readme.margins_table({"walk": run, "other": {**run, "note": "begun anew"}})
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    shown = "`walk`, relative error of depth"
+    assert rows == [[shown, "0.5", "PAG", "-3.0", "+2.5 (2)", "", "", "-1.0*", "", "2.0"]]
+
+
 def test_a_missing_marker_is_named():
     with pytest.raises(ValueError, match="camvid-table:begin"):
         readme.replace_block("no markers here", "camvid-table", "x")
