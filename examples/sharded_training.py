@@ -12,6 +12,7 @@ calibrates and saves it.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class Copies:
 
     def __init__(self, gated: nn.Module, sharded: bool) -> None:
         if sharded:
-            mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+            device = next(gated.parameters()).device.type
+            mesh = init_device_mesh(device, (distributed.get_world_size(),))
             for part in (*gated.children(), gated):
                 fully_shard(part, mesh=mesh)
         self.gated = gated
@@ -100,7 +102,8 @@ class Zero:
     def weights(self) -> dict[str, Any]:
         """All weights."""
         with self.gathered(list(self.gated.parameters())):
-            return {name: value.clone() for name, value in self.gated.state_dict().items()}
+            state = self.gated.state_dict()
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def main() -> None:
@@ -110,12 +113,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gated.safetensors"))
     arguments = parser.parse_args()
     strategy = arguments.strategy
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     scenes = Scenes(32, size=(64, 64), seed=0)
     loader = DataLoader(scenes, BATCH, sampler=DistributedSampler(scenes, drop_last=True))
-    gated = build(len(scenes.classes)).train()
+    gated = build(len(scenes.classes)).to(device).train()
     if strategy.startswith("zero"):
         trained = Zero(gated, int(strategy[-1]))
     else:
@@ -124,7 +130,8 @@ def main() -> None:
     torch.manual_seed(distributed.get_rank())  # each process draws gate noise of its own
     for epoch in range(EPOCHS):
         for batch in loader:
-            task_loss = cross_entropy(trained.network(batch["image"]), batch["label"])
+            images, labels = batch["image"].to(device), batch["label"].to(device)
+            task_loss = cross_entropy(trained.network(images), labels)
             trained.step(task_loss + 10 * pag.sparsity_loss(gated))
             annealer.step()
         expected = pag.expected_fraction(gated).item()
