@@ -26,6 +26,7 @@ from test_training import (
 )
 from torch.utils.data import DataLoader
 
+from pag_retrofit.building import evaluation_data
 from pag_retrofit.data import Augmentation, Normalize, Scenes, ShardImages, StreamedImages
 from pag_retrofit.data.shards import expand_shards
 from pag_retrofit.errors import DataError, RecipeError
@@ -182,6 +183,16 @@ def test_boundaries_are_above_half_of_what_a_file_can_hold(largest: int, tmp_pat
     assert torch.equal(sample["boundary"], torch.from_numpy(strengths == largest)[None].float())
 
 
+def test_normals_are_missing_where_a_file_is_black(tmp_path: Path) -> None:
+    colours = np.full((8, 8, 3), (128, 128, 255), np.uint8)
+    colours[:2], colours[2:4] = 0, (1, 1, 1)
+    write_shard(tmp_path / "x.tar", {"1": {**constant(1), "normals.png": png(colours)}})
+    normals = ShardImages(str(tmp_path / "x.tar"), targets=("normals",))[0]["normals"]
+    assert normals.dtype == torch.float32 and (normals[:, :2] == 0).all()
+    torch.testing.assert_close(normals[:, 2:4], torch.full((3, 2, 8), -(3**-0.5)))
+    assert (normals[2, 4:] > 0.999).all()
+
+
 def test_targets_of_another_size_or_kind(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     half = np.full((4, 8), 1000, np.uint16)
@@ -206,7 +217,9 @@ def test_other_tasks_train_on_shards(task: str, channels: int, metric: str, tmp_
     with pytest.raises(RecipeError, match=r"names of the classes in data.classes"):
         load_recipe(path, settings)
     settings += [f"task={{name: {task}}}", f"model.arguments.classes={channels}"]
-    final = finetune(load_recipe(path, settings))["dense"]["final"]
+    recipe = load_recipe(path, settings)
+    assert len(evaluation_data(recipe, "train")) == 10  # what gates are calibrated on
+    final = finetune(recipe)["dense"]["final"]
     assert final["images"] == 5 and np.isfinite(final[metric])
 
 

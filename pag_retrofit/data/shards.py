@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import DataError
@@ -19,6 +18,7 @@ from .augment import Augmentation, Normalize
 from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
 from .pairs import LabelDecoder, channels_first, check_size, decode, decode_depth, decode_label
+from .surfaces import normals_from_colours
 
 _SHARD = re.compile(r"https?://.+|[^:]+")
 """What names a shard: a path or an address; other schemes of WebDataset start programs."""
@@ -262,15 +262,8 @@ class _Decoder:
             return values, {"depth": torch.from_numpy(metres)[None]}
         if target == "normals":
             values = decode("shards", path, data)
-            return values, {"normals": _normals(values)}
+            return values, {"normals": normals_from_colours(values, missing=0)}
         values = decode_label("shards", path, data)
         largest = {"bool": 1, "uint8": 255}.get(values.dtype.name, 65535)
         drawn = 2 * values.astype(np.int64) > largest
         return values, {"boundary": torch.from_numpy(drawn.astype(np.float32))[None]}
-
-
-def _normals(colours: np.ndarray) -> Tensor:
-    there = (colours != 0).any(-1, keepdims=True)
-    vectors = colours.astype(np.float32) / 127.5 - 1
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)  # never 0: no value is 127.5
-    return channels_first(np.where(there, vectors / length, np.float32(0)))

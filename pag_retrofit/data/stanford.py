@@ -14,6 +14,7 @@ from ..errors import DataError
 from .base import IGNORE_INDEX, PixelDataset, Sample, check_targets
 from .folder import distinct_colours
 from .pairs import channels_first, decode, decode_depth
+from .surfaces import normals_from_colours
 
 STANFORD_CLASSES = (
     "beam",
@@ -111,7 +112,8 @@ class Stanford2D3D(PixelDataset):
                 metres = np.where(stored == _NO_DEPTH, 0.0, stored / _PER_METRE)
                 sample["depth"] = torch.from_numpy(metres.astype(np.float32))[None]
             elif name == "normals":
-                sample["normals"] = _normals(decode("Stanford 2D-3D-S", target))
+                colours = decode("Stanford 2D-3D-S", target)
+                sample["normals"] = normals_from_colours(colours, _NO_NORMAL, (1, 1, -1))
             else:
                 sample["label"] = self._labels(decode("Stanford 2D-3D-S", target))
         return sample
@@ -138,10 +140,3 @@ def _read_classes(path: Path) -> np.ndarray:
     known = {name: k for k, name in enumerate(STANFORD_CLASSES)}
     classes = [known.get(str(name).partition("_")[0], IGNORE_INDEX) for name in names]
     return np.array([*classes, IGNORE_INDEX], dtype=np.int64)
-
-
-def _normals(colours: np.ndarray) -> torch.Tensor:
-    there = (colours != _NO_NORMAL).any(-1)
-    vectors = (colours.astype(np.float32) - 127.5) * np.array([1, 1, -1], dtype=np.float32)
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)  # never 0: no value is 127.5
-    return channels_first(np.where(there[..., None], vectors / length, 0.0).astype(np.float32))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .pairs import channels_first
 
 _FAR = 0.05  # relative depth difference to the pixel itself beyond which a neighbour is left out
 _OFF_PLANE = 0.01  # and, in the second fit, to the plane of the first
@@ -51,6 +54,25 @@ def normals_from_depth(
     normal = -torch.stack((x, y, z))
     good = known & (share >= _FEWEST) & (normal.norm(dim=0, keepdim=True) > 0)
     return torch.where(good, F.normalize(normal, dim=0), 0.0).float()
+
+
+def normals_from_colours(
+    colours: np.ndarray, missing: int, axes: tuple[int, int, int] = (1, 1, 1)
+) -> Tensor:
+    """Unit normals that are stored as 8-bit colours around 127.5.
+
+    Args:
+        colours: (H, W, 3) uint8.
+        missing: Value of all channels where there is no normal.
+        axes: 1, or -1 where a channel points the other way. Default: all 1.
+
+    Returns:
+        (3, H, W) float32; 0 where there is none.
+    """
+    there = (colours != missing).any(-1, keepdims=True)
+    vectors = (colours.astype(np.float32) - 127.5) * np.array(axes, dtype=np.float32)
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)  # never 0: no value is 127.5
+    return channels_first(np.where(there, vectors / length, np.float32(0)))
 
 
 def _fit(
