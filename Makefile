@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint sanitize arm sweep bench latency coverage figures clean
+.PHONY: help setup demo test lint lowest sanitize arm sweep bench latency coverage figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,15 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+LOWEST := .venv-lowest
+
+lowest:  ## the tests with the oldest versions that pyproject.toml allows
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	sed -n 's/^    "\([^"]*\)>=\([^"]*\)",/\1==\2/p' pyproject.toml > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(LOWEST)/lowest.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal \
+		--override-ini filterwarnings=default
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 
@@ -70,4 +79,4 @@ figures: $(STAMP)  ## write the tables of README and docs anew from benchmarks/r
 	$(BIN)/python benchmarks/coverage_page.py
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
