@@ -9,8 +9,9 @@ benchmarks/results/tradeoff.json and draws docs/images/tradeoff_NAME_*.png. With
 measures how long the networks take, deployed (gated ones) or in the fastest dense runtime.
 With `--add` points that are not in the folders stay: files of earlier runs may be gone, and where
 the dense network scores the same to all digits it is the same one.
-With `--name` and `--note` the results stand beside the recipe's, without pictures: where its dense
-network was trained anew, what begins with it is compared with nothing else.
+With `--name` the results stand beside the recipe's. With `--note`, too, they are a variant, of
+which no pictures are drawn: what begins with a dense network that was trained anew is compared
+with nothing else.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="measure times as well")
     parser.add_argument("--add", action="store_true", help="keep points that are not found")
     parser.add_argument("--name", help="in the results; default: the recipe's")
-    parser.add_argument("--note", default="", help="above the table; default none")
+    parser.add_argument("--note", default="", help="above the table; without pictures")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if RESULTS.is_file():
@@ -174,7 +175,7 @@ def main() -> None:
             collected = added_to(results[name], collected)
         results[name] = collected
         write_json(RESULTS, results)
-        if arguments.name:
+        if arguments.note:
             continue
         points = [
             Point(**{key: value for key, value in point.items() if key not in KEPT})
@@ -182,15 +183,15 @@ def main() -> None:
             # Each seed renders other images: curves of several are comparable in one of them.
             if recipe.data.name != "scenes" or point["seed"] == recipe.seed
         ]
-        figures = charts(points, collected["metric"], recipe.name)
+        figures = charts(points, collected["metric"], name)
         gated = any(folders[0].glob("gated-*"))
         if gated and recipe.task.name not in ("segmentation", "multitask"):
             figures["panel"] = draw_panel(folders[0], recipe)
-        for name, figure in figures.items():
-            path = IMAGES / f"tradeoff_{recipe.name}_{name}.png"
+        for part, figure in figures.items():
+            path = IMAGES / f"tradeoff_{name}_{part}.png"
             save_figure(figure, path)
             picture = Image.open(path).convert("RGB")
-            if name == "panel":
+            if part == "panel":
                 picture.thumbnail(_PANEL)
             else:
                 picture = picture.quantize(256)  # enough for lines
