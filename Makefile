@@ -28,6 +28,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Old packages warn about newer ones below them: warnings are not errors here.
 LOWEST := .venv-lowest
 
 lowest:  ## the tests with the oldest versions that pyproject.toml allows
